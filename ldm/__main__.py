@@ -1,0 +1,5 @@
+"""``python -m ldm`` is the console script ``ldm``."""
+
+from ldm.commands.main import main
+
+main()

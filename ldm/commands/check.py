@@ -1,0 +1,33 @@
+"""``ldm check``: all faults of a cohort in one report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.commands.stages import cohort_datamodule
+from ldm.data.checks import CheckReport, check_cohort
+from ldm.errors import LdmError
+
+
+def run(config: DictConfig) -> CheckReport:
+    """Check the cohort; prints the report and writes ``check.json``.
+
+    Raises:
+        LdmError: there are faults that stop, see ``data.faults``.
+    """
+    datamodule = cohort_datamodule(config)
+    report = check_cohort(datamodule.config, datamodule.cache_dir)
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".check.json.tmp"
+    temporary.write_text(json.dumps(report.to_dict(), indent=1))
+    os.replace(temporary, folder / "check.json")
+    sys.stdout.write(report.render() + "\n")
+    if report.stopping:
+        raise LdmError(f"{len(report.stopping)} faults in cohort '{report.name}', listed above.")
+    return report

@@ -1,0 +1,190 @@
+"""``ldm evaluate``: samples at the covariates of held-out subjects, measured, and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.progress import track
+
+from ldm.commands.sample import draw, load_model
+from ldm.commands.stages import cohort_datamodule, prepared
+from ldm.data.datamodule import CohortDataModule
+from ldm.data.images import read
+from ldm.errors import LdmError
+from ldm.evaluation.agreement import agreement
+from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.instruments import Instrument, find_instrument
+from ldm.evaluation.report import write_report
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.precision import autocast
+from ldm.training import figures
+from ldm.training.panels import describe
+from ldm.training.vae import psnr
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 16
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds."""
+    folder = Path(config.run_dir)
+    model, path = load_model(config)
+    datamodule = prepared(cohort_datamodule(config))
+    if datamodule.cohort.split_hash != model.header["split_sha256"]:
+        raise LdmError(
+            f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
+            "could be among the held-out ones. Use the same data settings as for training."
+        )
+    real, rows = held_out(datamodule)
+    repeated = min(config.repeats, len(rows))
+    asked = [dict(rows[i % len(rows)]) for i in range(config.n)] + [dict(row) for row in rows[:repeated]]
+    paths = draw(model, path, folder / "samples", asked, config)
+    samples = [in_model_space(model, path) for path in paths]
+    value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
+    metrics: dict[str, Any] = {
+        "model_sha256": model.header["tensors_sha256"],
+        "cohort": datamodule.cohort.name,
+        "split_sha256": datamodule.cohort.split_hash,
+        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
+        "reconstruction": reconstruction(model, real, value_range),
+        "diversity": diversity(model, real, rows, samples, config.n, repeated, value_range),
+    }
+    instrument = find_instrument(config.data.get("instrument"), datamodule.preprocessing)
+    if instrument is not None:
+        metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
+    pictures(model, real, rows, samples, asked, folder / "figures", value_range)
+    _write_json(folder / "metrics.json", metrics)
+    report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
+    logger.info("Report: %s", report)
+    return metrics
+
+
+def held_out(datamodule: CohortDataModule) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """Images ``(C, *S)`` and covariate rows of the subjects that no stage was trained on."""
+    images, rows = [], []
+    for split in ("test", "valid"):
+        dataset = datamodule.dataset(split)
+        for position in range(len(dataset)):
+            item = dataset[position]
+            images.append(item["image"].float().numpy())
+            rows.append(dict(datamodule.cohort.records[item["index"]].covariates))
+    if not images:
+        raise LdmError(f"cohort '{datamodule.cohort.name}' has no held-out subjects; see data.split.")
+    return images, rows
+
+
+def in_model_space(model: LatentDiffusionModel, path: Path) -> np.ndarray:
+    """A written sample on the model's grid ``(C, *S)``."""
+    image = read(path, spatial_dims=model.preprocessing.spatial_dims)
+    array = image.array
+    if model.preprocessing.spatial_dims == 2:
+        low, high = model.preprocessing.value_range or (0.0, 1.0)
+        array = array / 255 * (high - low) + low
+    return model.preprocessing.reference.forward(array)
+
+
+@torch.no_grad()
+def reconstruction(
+    model: LatentDiffusionModel, real: Sequence[np.ndarray], value_range: tuple[float, float]
+) -> dict[str, float]:
+    """PSNR in dB of the first stage on held-out images, through the latent space that samples go through."""
+    values = []
+    for image in track(real, "reconstructing"):
+        x = torch.from_numpy(image)[None].to(model.device)
+        with autocast(model.device):
+            mean, _ = model.first_stage.encode(x)
+            decoded = model.decode(model.latent_space.to_scaled(mean.float()))
+        values.append(psnr(x, decoded.clamp(*value_range), value_range[1] - value_range[0]))
+    return {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "n": len(values)}
+
+
+def diversity(
+    model: LatentDiffusionModel,
+    real: Sequence[np.ndarray],
+    rows: Sequence[dict[str, Any]],
+    samples: Sequence[np.ndarray],
+    n: int,
+    repeated: int,
+    value_range: tuple[float, float],
+) -> dict[str, Any]:
+    """Spread of real subjects with like covariates, and of samples at the same covariates."""
+    result = {}
+    codes = model.schema.encode_table(rows) if len(model.schema) else np.zeros((len(rows), 1))
+    if len(real) > 1:
+        result["real, nearest covariates"] = spread(real, nearest_pairs(codes), value_range)
+    if repeated:
+        same = [(i, n + i) for i in range(repeated)]
+        result["samples, same covariates"] = spread(samples, same, value_range)
+    return result
+
+
+def fidelity(
+    instrument: Instrument,
+    model: LatentDiffusionModel,
+    real: Sequence[np.ndarray],
+    rows: Sequence[dict[str, Any]],
+    samples: Sequence[np.ndarray],
+    asked: Sequence[dict[str, Any]],
+    folder: Path,
+) -> dict[str, Any]:
+    """Agreement of asked and measured values, and of true and measured ones on real held-out images."""
+    on_real = [instrument(image) for image in track(real, "measuring held-out images")]
+    on_samples = [instrument(image) for image in track(samples, "measuring samples")]
+    result = {}
+    for name in on_real[0]:
+        if name not in model.schema.names:
+            continue
+        unit = model.schema[name].unit or ""
+        truth, found = _pairs(rows, on_real, name)
+        wanted, got = _pairs(asked, on_samples, name)
+        result[name] = {
+            "unit": unit,
+            "instrument_on_held_out": agreement(truth, found),
+            "samples": agreement(wanted, got),
+        }
+        figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
+        figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
+    return result
+
+
+def _pairs(rows, measured, name) -> tuple[list[float], list[float]]:
+    pairs = [
+        (row[name], values[name])
+        for row, values in zip(rows, measured, strict=True)
+        if row.get(name) is not None
+    ]
+    return [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+
+
+def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:
+    """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
+    shown = min(SHOWN, len(real), len(samples))
+    figures.mosaic(real[:shown], folder / "real.png", [describe(row) for row in rows[:shown]], value_range)
+    figures.mosaic(
+        samples[:shown], folder / "samples.png", [describe(row) for row in asked[:shown]], value_range
+    )
+
+
+def training_curves(config: DictConfig) -> dict[str, Path]:
+    """Curves that the two stages left beside their models."""
+    folders = {"first stage": Path(config.first_stage).parent, "diffusion": Path(config.model).parent}
+    return {
+        name: folder / "figures" / "curves.png"
+        for name, folder in folders.items()
+        if (folder / "figures" / "curves.png").is_file()
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

@@ -1,0 +1,106 @@
+"""``ldm VERB [overrides]``: one thin function a verb, composed with Hydra."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ldm.commands.overrides import check_overrides
+from ldm.commands.run import run_folder
+from ldm.errors import LdmError, nearest
+
+VERBS = {
+    "check": "read every file of a cohort and report all faults",
+    "train-vae": "train the first stage",
+    "train-ldm": "train the diffusion model on the first stage's latents",
+    "sample": "draw images with asked covariates",
+    "evaluate": "measure samples against what was asked, and write a report",
+}
+USAGE = "usage: ldm VERB [key=value ...]\n\n{verbs}\n\n`ldm VERB --help` explains a verb and lists its settings.\n"
+
+logger = logging.getLogger("ldm")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE.format(verbs=verbs))
+        raise SystemExit(0 if arguments else 2)
+    verb, *rest = arguments
+    configure_logging()
+    try:
+        if verb not in VERBS:
+            raise LdmError(f"There is no verb '{verb}'.{nearest(verb, VERBS)} Legal: {', '.join(VERBS)}.")
+        check_overrides(conf_dir(), verb, [item for item in rest if _is_override(item)])
+    except LdmError as error:
+        _fail(error)
+    _run_hydra(verb, rest)
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+
+def conf_dir() -> Path:
+    """The Hydra tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def verb_function(verb: str) -> Callable[[DictConfig], object]:
+    """The function behind a verb, imported only when it is used."""
+    return import_module(f"ldm.commands.{verb.replace('-', '_')}").run
+
+
+def configure_logging() -> None:
+    """Messages of this package on the terminal, warnings of all others; only from the first process of a run."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
+    for noisy in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
+    original = list(sys.argv)
+
+    def task(config: DictConfig) -> object:
+        sys.argv = original  # Lightning starts further ranks with the command that was typed
+        configure_logging()
+        try:
+            with run_folder(config):
+                return verb_function(verb)(config)
+        except LdmError as error:
+            if hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN":
+                raise
+            _fail(error)
+
+    sys.argv = [f"ldm {verb}", *arguments]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
+
+
+def _fail(error: LdmError) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    raise SystemExit(1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Where a run writes, what it is called, and what every run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ldm.errors import LdmError
+
+RUN_DIR = "LDM_RUN_DIR"  # tells further ranks where the first one writes
+
+
+@contextlib.contextmanager
+def run_folder(config: DictConfig) -> Iterator[Path]:
+    """Settle the run folder once, for this process and all ranks it starts.
+
+    A sweep's job writes where Hydra put it; a rank started by Lightning writes where the first rank does.
+    """
+    folder = config.run_dir
+    if HydraConfig.get().mode.name == "MULTIRUN":
+        folder = HydraConfig.get().runtime.output_dir
+    if "LOCAL_RANK" in os.environ and RUN_DIR in os.environ:
+        folder = os.environ[RUN_DIR]
+    folder = Path(folder).resolve()
+    with open_dict(config):
+        config.run_dir = str(folder)
+    before = os.environ.get(RUN_DIR)
+    os.environ[RUN_DIR] = str(folder)
+    try:
+        yield folder
+    finally:
+        os.environ.pop(RUN_DIR)
+        if before is not None:
+            os.environ[RUN_DIR] = before
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A resolved configuration section as plain dicts and lists."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Write the resolved configuration to ``config.yaml``, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".config.{os.getpid()}.tmp"
+    OmegaConf.save(config, temporary, resolve=True)
+    os.replace(temporary, folder / "config.yaml")
+
+
+def require_file(path: Path, what: str, command: str) -> Path:
+    """``path``, or an error that says which command makes it.
+
+    Raises:
+        LdmError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise LdmError(f"There is no {what} at {path}. Train one first: {command}")
+    return Path(path)

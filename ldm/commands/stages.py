@@ -1,0 +1,56 @@
+"""What the verbs share: the cohort, the shapes that fit the networks, the loggers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ldm.commands.run import plain
+from ldm.commands.safe import build
+from ldm.data.datamodule import CohortDataModule
+from ldm.model.build import build_first_stage
+
+logger = logging.getLogger(__name__)
+
+
+def cohort_datamodule(config: DictConfig, batch_size: int = 1, patch_size: Any = None) -> CohortDataModule:
+    """The cohort's data module, with a grid that both networks can halve as often as they need."""
+    return CohortDataModule(
+        plain(config.data),
+        multiple=grid_multiple(config),
+        batch_size=batch_size,
+        seed=config.seed,
+        patch_size=patch_size,
+    )
+
+
+def grid_multiple(config: DictConfig) -> int:
+    """Every side of an image has to be a multiple of this: first stage's factor times the U-Net's."""
+    network = {**plain(config.vae.network), "in_channels": 1}
+    with torch.device("meta"):
+        factor = build_first_stage(network).downsampling_factor
+    return factor * 2 ** (len(config.ldm.network.channels) - 1)
+
+
+def prepared(datamodule: CohortDataModule) -> CohortDataModule:
+    """Check, preprocess and open the cohort outside a trainer."""
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+def loggers(config: DictConfig) -> list[Any]:
+    """The loggers that are asked for beside ``metrics.jsonl``; they get the resolved configuration."""
+    built = [build(config.logger.extra[name], f"logger.extra.{name}") for name in config.logger.extra]
+    for one in built:
+        one.log_hyperparams(plain(config))
+    return built
+
+
+def voxels(shape: tuple[int, ...]) -> str:
+    """A shape and its number of elements, for messages."""
+    return f"{'x'.join(map(str, shape))} ({math.prod(shape):,} numbers)"

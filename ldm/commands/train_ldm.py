@@ -1,0 +1,208 @@
+"""``ldm train-ldm``: encode the cohort once, then train the diffusion model on the latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import track
+
+from ldm.commands.run import plain, require_file, write_config
+from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.data.datamodule import CohortDataModule
+from ldm.errors import LdmError
+from ldm.evaluation.instruments import find_instrument
+from ldm.latents.cache import PosteriorCache, StaleCacheError, cache_folder, write_cache
+from ldm.latents.encode import CohortEncoder
+from ldm.model.first_stage import FirstStage
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.transfer import start_from
+from ldm.training.data import LatentDataModule
+from ldm.training.fit import fit
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.panels import SamplePanels
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> dict[str, float]:
+    """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
+    run_dir = Path(config.run_dir)
+    command = f"ldm train-vae data={config.data.name}" if config.data.name != "simulated" else "ldm train-vae"
+    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", command))
+    warn_of_quality(first_stage, config)
+    datamodule = prepared(cohort_datamodule(config))
+    same_preprocessing(first_stage, datamodule)
+    train, valid = (posterior_cache(config, datamodule, first_stage, split) for split in ("train", "valid"))
+    write_config(config, run_dir)
+    model = build_model(config, datamodule, first_stage, train)
+    if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
+        start_from(model, config.ldm.init_from)
+    ldm = plain(config.ldm)
+    module = LatentDiffusion(
+        model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"], config.trainer.log_every, config.seed
+    )
+
+    def save_model(metrics: Mapping[str, float]) -> None:
+        model.header |= {"metrics": dict(metrics), "steps": module.step}
+        model.save(run_dir / "model.safetensors")
+
+    metrics = fit(
+        module,
+        LatentDataModule(train, valid, datamodule.cohort, config.ldm.batch_size, config.seed),
+        plain(config.trainer),
+        run_dir,
+        {
+            "denoiser": model.header["denoiser"],
+            "condition": model.header["condition"],
+            "schedule": model.header["schedule"],
+            "prediction_type": model.prediction_type,
+            "ema_decays": ldm["ema_decays"],
+            "first_stage_sha256": first_stage.sha256,
+            "split_sha256": datamodule.cohort.split_hash,
+        },
+        save_model,
+        label=f"{datamodule.cohort.name} ldm",
+        monitor="ldm/val/loss",
+        loggers=loggers(config),
+        callbacks=[sample_panels(config, datamodule, run_dir)],
+    )
+    logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
+    return metrics
+
+
+def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
+    """Say so, with the number, when the first stage is below the configured quality."""
+    gate, psnr = config.vae.gate_psnr, first_stage.metrics.get("psnr")
+    if psnr is None:
+        logger.warning("The first stage %s has no recorded held-out PSNR.", config.first_stage)
+    elif gate is not None and psnr < gate:
+        logger.warning(
+            "The first stage reaches %.2f dB held-out PSNR, below vae.gate_psnr=%.1f: samples cannot be better than "
+            "its reconstructions. Train it longer, or give it more latent channels.",
+            psnr,
+            gate,
+        )
+
+
+def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule) -> None:
+    """Refuse a cohort that is prepared otherwise than the first stage's training images were.
+
+    Raises:
+        LdmError: naming what differs.
+    """
+    ours, theirs = datamodule.preprocessing.to_dict(), first_stage.preprocessing.to_dict()
+    differing = [
+        name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]
+    ]
+    if differing:
+        what = "; ".join(
+            f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing
+        )
+        raise LdmError(f"The first stage was trained on images prepared otherwise. {what}.")
+
+
+def posterior_cache(
+    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage, split: str
+) -> PosteriorCache:
+    """The posteriors of a split, encoded now if they are not there yet (by the first process only)."""
+    augmented = split == "train" and config.ldm.latents.variants > 1
+    encoder = CohortEncoder(
+        first_stage.network,
+        datamodule.dataset(split),
+        datamodule.schema,
+        datamodule.augmentation,
+        variants=config.ldm.latents.variants if augmented else 1,
+        num_labels=0,
+        spacing=datamodule.spacing,
+        value_range=datamodule.preprocessing.value_range,
+        seed=config.seed,
+        device=torch.device(
+            "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
+        ),
+    )
+    key = {
+        "first_stage": first_stage.sha256,
+        "preprocessing": datamodule.preprocessing.fingerprint(),
+        "cohort": datamodule.cohort.split_hash,
+        "split": split,
+        "schema": datamodule.schema.to_dict(),
+        "augment": plain(config.data.augment) if augmented else None,
+        "variants": encoder.variants,
+        "seed": config.seed if augmented else None,
+        "dtype": config.ldm.latents.dtype,
+    }
+    folder = cache_folder(Path(config.runs_dir) / datamodule.cohort.name / "latents", key)
+    try:
+        return PosteriorCache(folder, key)
+    except StaleCacheError:
+        raise
+    except LdmError:
+        encode(encoder, folder, key, datamodule, first_stage, config.ldm.latents.dtype)
+    return PosteriorCache(folder, key)
+
+
+def encode(
+    encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: FirstStage, dtype: str
+) -> None:
+    """Write the cache, with a progress bar."""
+    encoder.first_stage.to(encoder.device)
+    factor = first_stage.network.downsampling_factor
+    shape = (first_stage.network.latent_channels, *(side // factor for side in datamodule.image_shape[1:]))
+
+    def items(start: int):
+        return track(encoder.items(start), f"encoding {key['split']}", total=len(encoder), completed=start)
+
+    write_cache(folder, key, items, len(encoder), shape, dtype=dtype)
+
+
+def build_model(
+    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage, train: PosteriorCache
+) -> LatentDiffusionModel:
+    """An untrained model for this cohort, with its latent statistics fitted."""
+    ldm = plain(config.ldm)
+    header: dict[str, Any] = {
+        "cohort": datamodule.cohort.name,
+        "split_sha256": datamodule.cohort.split_hash,
+        "first_stage": dict(first_stage.config),
+        "first_stage_sha256": first_stage.sha256,
+        "latent_shape": list(train.latent_shape),
+        "denoiser": ldm["network"],
+        "condition": ldm["condition"],
+        "schedule": ldm["schedule"],
+        "prediction_type": ldm["prediction_type"],
+        "loss": ldm["loss"],
+        "sampling": ldm["sampling"],
+        "metrics": {},
+        "seed": config.seed,
+    }
+    schema = datamodule.schema
+    torch.manual_seed(config.seed)
+    model = LatentDiffusionModel(
+        header,
+        train.fit_space(),
+        datamodule.preprocessing,
+        schema,
+        datamodule.cohort.distribution() if len(schema) else None,
+        first_stage.network,
+    )
+    logger.info(
+        "Denoiser: %.1f M parameters on latents of %s; condition: %s on %s.",
+        sum(p.numel() for p in model.network.parameters()) / 1e6,
+        "x".join(map(str, train.latent_shape)),
+        ldm["condition"]["mode"],
+        ", ".join(schema.names) or "nothing",
+    )
+    return model
+
+
+def sample_panels(config: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> SamplePanels:
+    """Fixed-seed samples at covariates of held-out subjects."""
+    records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
+    rows = [dict(record.covariates) for record in records]
+    measure = find_instrument(config.data.get("instrument"), datamodule.preprocessing)
+    return SamplePanels(run_dir, rows, config.ldm.val_steps, measure)

@@ -1,0 +1,95 @@
+"""``ldm train-vae``: the first stage."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.commands.run import plain, write_config
+from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
+from ldm.model.file import load_matching, read_header, read_tensors
+from ldm.model.first_stage import KIND, FirstStage
+from ldm.training.fit import fit
+from ldm.training.panels import ReconstructionPanels
+from ldm.training.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> dict[str, float]:
+    """Train the first stage and write ``model.safetensors``; returns the final validation metrics."""
+    run_dir = Path(config.run_dir)
+    datamodule = prepared(cohort_datamodule(config, config.vae.batch_size, config.vae.patch_size))
+    write_config(config, run_dir)
+    module = build_vae(config, datamodule)
+    if config.vae.init_from and not (run_dir / "last.ckpt").is_file():
+        header = read_header(config.vae.init_from, KIND)
+        logger.info("Starting from %s (%s).", config.vae.init_from, header.get("cohort"))
+        load_matching(module.network, read_tensors(config.vae.init_from), config.vae.init_from)
+
+    def save_model(metrics) -> None:
+        FirstStage(
+            module.network,
+            module.config,
+            datamodule.preprocessing,
+            {name.removeprefix("vae/val/"): value for name, value in metrics.items()},
+            {
+                "cohort": datamodule.cohort.name,
+                "split_sha256": datamodule.cohort.split_hash,
+                "steps": module.step,
+            },
+        ).save(run_dir / "model.safetensors")
+
+    metrics = fit(
+        module,
+        datamodule,
+        plain(config.trainer),
+        run_dir,
+        {
+            "network": module.config,
+            "preprocessing": datamodule.preprocessing.fingerprint(),
+            "split_sha256": datamodule.cohort.split_hash,
+        },
+        save_model,
+        label=f"{datamodule.cohort.name} vae",
+        monitor="vae/val/psnr",
+        loggers=loggers(config),
+        callbacks=[ReconstructionPanels(run_dir)],
+    )
+    logger.info(
+        "First stage: PSNR %.2f dB, SSIM %.3f on held-out images. Model: %s",
+        metrics["vae/val/psnr"],
+        metrics["vae/val/ssim"],
+        run_dir / "model.safetensors",
+    )
+    return metrics
+
+
+def build_vae(config: DictConfig, datamodule) -> VAE:
+    """The module for this cohort; says how strongly it compresses."""
+    vae = plain(config.vae)
+    image_shape = datamodule.image_shape
+    network = {**vae["network"], "in_channels": image_shape[0]}
+    module = VAE(
+        network,
+        vae["loss"],
+        vae["optimizer"],
+        vae["discriminator"],
+        image_shape,
+        datamodule.preprocessing.value_range,
+        config.trainer.log_every,
+        config.seed,
+    )
+    factor = module.network.downsampling_factor
+    latent = (module.network.latent_channels, *(side // factor for side in image_shape[1:]))
+    logger.info(
+        "%s -> latent %s, compression %.0f : 1, %.2f M parameters.",
+        voxels(image_shape),
+        voxels(latent),
+        math.prod(image_shape) / math.prod(latent),
+        sum(p.numel() for p in module.network.parameters()) / 1e6,
+    )
+    return module

@@ -1,0 +1,183 @@
+"""A vector of covariates as condition, each covariate with a learned null of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import LdmError, nearest
+
+MODES = ("concat", "cross_attention", "adaptive_norm", "hybrid")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the conditioners hand to the denoiser; every part may be absent.
+
+    Attributes:
+        planes: ``(B, P)`` or ``(B, P, D, H, W)``, concatenated to the noisy latent.
+        context: ``(B, tokens, context_dim)``, attended to.
+        embedding: ``(B, E)``, added to the time embedding.
+    """
+
+    planes: Tensor | None = None
+    context: Tensor | None = None
+    embedding: Tensor | None = None
+
+    def as_kwargs(self) -> dict[str, Tensor | None]:
+        """Keyword arguments of the denoiser."""
+        return {"planes": self.planes, "context": self.context, "embedding": self.embedding}
+
+
+class CovariateConditioner(nn.Module):
+    """Turns encoded covariates into planes, tokens or an embedding.
+
+    A covariate that is not given (NaN) is replaced by its learned null, so any subset may be given when
+    sampling; :meth:`drop` hides covariates at random during training, each on its own and all at once.
+
+    Modes:
+        ``concat``: one plane per continuous or two-level covariate, one per level otherwise.
+        ``cross_attention``: one token a covariate.
+        ``adaptive_norm``: the tokens, through one hidden layer, as an embedding for adaptive normalisation.
+        ``hybrid``: the planes, and the same numbers again as a context of length one (Pinaya et al. 2022).
+
+    Args:
+        levels: number of levels of each covariate, 0 for a continuous one.
+        mode: see above.
+        dim: width of a token or of the embedding (``cross_attention`` and ``adaptive_norm``).
+        drop_rate: probability that a covariate is hidden, per sample and per covariate.
+        drop_all_rate: probability that all covariates of a sample are hidden.
+    """
+
+    input_key = "covariates"
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        mode: str = "adaptive_norm",
+        dim: int = 128,
+        drop_rate: float = 0.1,
+        drop_all_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise LdmError(
+                f"condition.mode '{mode}' is unknown; legal: {', '.join(MODES)}.{nearest(mode, MODES)}"
+            )
+        for name, rate in (("drop_rate", drop_rate), ("drop_all_rate", drop_all_rate)):
+            if not 0 <= rate <= 1:
+                raise LdmError(f"condition.{name} is a probability, got {rate}; legal: 0 to 1.")
+        if not levels:
+            raise LdmError(
+                "A covariate conditioner needs at least one covariate; name some in data.covariates."
+            )
+        self.levels = tuple(int(count) for count in levels)
+        self.mode = mode
+        self.drop_rate, self.drop_all_rate = drop_rate, drop_all_rate
+        if mode in ("concat", "hybrid"):
+            self.null = nn.Parameter(torch.zeros(sum(_width(count) for count in self.levels)))
+        else:
+            self.tokens = nn.ModuleList(_Token(count, dim) for count in self.levels)
+        if mode == "adaptive_norm":
+            self.merge = nn.Sequential(nn.Linear(len(self.levels) * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    @property
+    def plane_channels(self) -> int:
+        """Channels that this conditioner adds to the denoiser's input."""
+        return len(self.null) if self.mode in ("concat", "hybrid") else 0
+
+    def context_dim(self, dim: int) -> int | None:
+        """Width of a context token, None without cross-attention."""
+        return {"cross_attention": dim, "hybrid": self.plane_channels}.get(self.mode)
+
+    def drop(self, values: Tensor, uniforms: Tensor) -> Tensor:
+        """Hide covariates at random.
+
+        Args:
+            values: ``(B, K)`` encoded covariates.
+            uniforms: ``(B, K + 1)`` uniform random numbers; the last column decides about all of a sample.
+
+        Returns:
+            ``(B, K)`` with NaN for hidden ones.
+        """
+        hidden = (uniforms[:, :-1] < self.drop_rate) | (uniforms[:, -1:] < self.drop_all_rate)  # (B, K)
+        return values.masked_fill(hidden, torch.nan)
+
+    def forward(self, values: Tensor) -> Conditioning:
+        """Condition on ``(B, K)`` encoded covariates; NaN stands for "not given"."""
+        if values.shape[1] != len(self.levels):
+            raise LdmError(f"Expected {len(self.levels)} covariates a sample, got {values.shape[1]}.")
+        if self.mode in ("concat", "hybrid"):
+            planes = self._planes(values)  # (B, P)
+            return Conditioning(planes=planes, context=planes[:, None] if self.mode == "hybrid" else None)
+        tokens = torch.stack([token(values[:, k]) for k, token in enumerate(self.tokens)], dim=1)  # (B, K, E)
+        if self.mode == "cross_attention":
+            return Conditioning(context=tokens)
+        return Conditioning(embedding=self.merge(tokens.flatten(1)))  # (B, E)
+
+    def _planes(self, values: Tensor) -> Tensor:
+        columns = [_columns(values[:, k], count) for k, count in enumerate(self.levels)]
+        planes = torch.cat(columns, dim=1)  # (B, P)
+        return torch.where(planes.isnan(), self.null, planes)
+
+
+class _Token(nn.Module):
+    """One covariate as a vector of width ``dim``; NaN gives the learned null."""
+
+    def __init__(self, levels: int, dim: int, num_frequencies: int = 4) -> None:
+        super().__init__()
+        self.levels = levels
+        self.null = nn.Parameter(0.02 * torch.randn(dim))
+        if levels:
+            self.embed = nn.Embedding(levels, dim)
+        else:
+            self.register_buffer(
+                "frequencies", torch.pi * 2.0 ** torch.arange(num_frequencies), persistent=False
+            )
+            self.embed = nn.Sequential(
+                nn.Linear(1 + 2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
+            )
+
+    def forward(self, value: Tensor) -> Tensor:
+        given = ~value.isnan()  # (B,)
+        value = value.nan_to_num()
+        if self.levels:
+            token = self.embed(value.long().clamp(0, self.levels - 1))  # (B, E)
+        else:
+            centred = 2 * value[:, None] - 1  # (B, 1): the legal range as [-1, 1]
+            angles = centred * self.frequencies / 2  # (B, F)
+            token = self.embed(torch.cat([centred, angles.sin(), angles.cos()], dim=1))  # (B, E)
+        return torch.where(given[:, None], token, self.null)
+
+
+def _width(levels: int) -> int:
+    return levels if levels > 2 else 1
+
+
+def _columns(value: Tensor, levels: int) -> Tensor:
+    """Planes of one covariate: itself, or one-hot over more than two levels; NaN stays NaN."""
+    if levels <= 2:
+        return value[:, None]
+    one_hot = nn.functional.one_hot(value.nan_to_num().long().clamp(0, levels - 1), levels).to(value)
+    return torch.where(value.isnan()[:, None], torch.nan, one_hot)
+
+
+def build_conditioner(
+    levels: Sequence[int], config: Mapping, embedding_dim: int
+) -> CovariateConditioner | None:
+    """The covariate conditioner that a ``condition`` section describes; None when there is nothing to condition on.
+
+    Args:
+        levels: levels of each covariate of the schema.
+        config: ``mode``, ``dim`` (token width of cross-attention), ``drop_rate``, ``drop_all_rate``.
+        embedding_dim: width of the denoiser's time embedding, the width of ``adaptive_norm``'s output.
+    """
+    if not levels or config["mode"] == "none":
+        return None
+    settings = dict(config)
+    if settings["mode"] == "adaptive_norm":
+        settings["dim"] = embedding_dim
+    return CovariateConditioner(levels, **settings)

@@ -1,0 +1,184 @@
+"""Random but reproducible changes to a training image, with the anatomical scale they caused.
+
+Enlarging a brain enlarges its ventricles: whoever trains a model on volumes in mm3 has to know.
+`Augmentation` therefore returns the linear scale s, by which `CovariateSchema.rescale` corrects covariates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ldm.errors import LdmError, nearest
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Settings of the random changes; the default changes nothing.
+
+    flip_axes:  spatial axes (0 is left-right in RAS) that are flipped in half of the images. Labels and
+                covariates that name a side do not follow a left-right flip; leave axis 0 out for these.
+    scale:      anatomy is scaled by s, log-uniform in [1 / (1 + scale), 1 + scale], alike along all axes.
+    shift:      largest shift along each axis, in voxels.
+    rotate:     largest rotation about each axis, in degrees.
+    gamma:      intensities, in the unit range, are raised to a power from [1 / (1 + gamma), 1 + gamma].
+    brightness: intensities above background are multiplied by 1 - brightness to 1 + brightness.
+    """
+
+    flip_axes: tuple[int, ...] = ()
+    scale: float = 0.0
+    shift: float = 0.0
+    rotate: float = 0.0
+    gamma: float = 0.0
+    brightness: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flip_axes", tuple(int(axis) for axis in self.flip_axes))
+        for item in fields(self)[1:]:
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise LdmError(f"data.augment.{item.name}: {value!r} is not a number of 0 or more.")
+        if self.brightness >= 1:
+            raise LdmError(f"data.augment.brightness: {self.brightness} must be below 1.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> Augmentation:
+        """Build from the ``data.augment`` block; an unknown key is an LdmError that names the nearest."""
+        legal = [item.name for item in fields(cls)]
+        for key in config or {}:
+            if key not in legal:
+                raise LdmError(
+                    f"data.augment: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}."
+                )
+        return cls(**{key: value for key, value in (config or {}).items() if value is not None})
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything but flips and intensities is changed, so that voxels are interpolated."""
+        return bool(self.scale or self.shift or self.rotate)
+
+    def __call__(
+        self,
+        image: torch.Tensor,
+        labels: torch.Tensor | None,
+        generator: torch.Generator | int,
+        spacing: Sequence[float] | None = None,
+        value_range: tuple[float, float] | None = (0.0, 1.0),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """Change one image.
+
+        image:       float (C, *S), 2-D or 3-D.
+        labels:      uint8 (*S) or None; moved along with the image, to the nearest voxel.
+        generator:   source of all randomness, or a seed; the same one gives the same result.
+        spacing:     voxel size along each axis, so that a rotation stays rigid on anisotropic grids.
+        value_range: (background, maximum) of the image; None for z-scored images.
+
+        Returns the image, the labels, and the linear scale s of the anatomy (1.1 is 10 % longer).
+        Raises LdmError for a flip axis that does not exist, and for gamma without a range.
+        """
+        if isinstance(generator, int):
+            generator = torch.Generator().manual_seed(generator)
+        ndim = image.ndim - 1
+        background = float(image.min()) if value_range is None else value_range[0]
+        s = 1.0
+        if self.moves:
+            # One draw each, always in this order: a setting of 0 does not shift the others' random numbers.
+            s = (1 + self.scale) ** _uniform(1, generator).item()
+            shift = self.shift * _uniform(ndim, generator)
+            angles = math.radians(self.rotate) * _uniform(3 if ndim == 3 else 1, generator)
+            theta = _theta(image.shape[1:], s, shift, angles, spacing)
+            image = _moved(image - background, theta, "bilinear") + background
+            labels = (
+                labels
+                if labels is None
+                else _moved(labels[None].float(), theta, "nearest")[0].to(labels.dtype)
+            )
+        image, labels = self._flipped(image, labels, generator)
+        return self._recoloured(image, background, value_range, generator), labels, s
+
+    def _flipped(
+        self, image: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ndim = image.ndim - 1
+        if any(not 0 <= axis < ndim for axis in self.flip_axes):
+            raise LdmError(f"data.augment.flip_axes: {list(self.flip_axes)} must lie in 0..{ndim - 1}.")
+        axes = [axis for axis in self.flip_axes if _uniform(1, generator).item() < 0]
+        if axes:
+            image = image.flip([axis + 1 for axis in axes])
+            labels = labels if labels is None else labels.flip(axes)
+        return image, labels
+
+    def _recoloured(
+        self,
+        image: torch.Tensor,
+        background: float,
+        value_range: tuple[float, float] | None,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        if self.gamma:
+            if value_range is None:
+                raise LdmError(
+                    "data.augment.gamma: z-scored images have no range to take a power in; set it to 0."
+                )
+            power = (1 + self.gamma) ** _uniform(1, generator).item()
+            span = value_range[1] - background
+            image = ((image - background) / span).clamp(0, 1) ** power * span + background
+        if self.brightness:
+            factor = 1 + self.brightness * _uniform(1, generator).item()
+            image = (image - background) * factor + background
+            image = image if value_range is None else image.clamp(*value_range)
+        return image
+
+
+def _uniform(count: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` float64 numbers, uniform in [-1, 1)."""
+    return torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def _theta(
+    shape: Sequence[int],
+    s: float,
+    shift: torch.Tensor,
+    angles: torch.Tensor,
+    spacing: Sequence[float] | None,
+) -> torch.Tensor:
+    """(ndim, ndim + 1) matrix for `affine_grid`: where, in [-1, 1] coordinates, each output voxel comes from.
+
+    An output voxel p comes from c + D^-1 R^T D (p - c - shift) / s: D scales voxels to mm, R rotates, c is
+    the centre of the grid.
+    """
+    ndim = len(shape)
+    to_mm = torch.diag(torch.tensor(spacing if spacing is not None else (1.0,) * ndim, dtype=torch.float64))
+    linear = torch.linalg.inv(to_mm) @ _rotation(angles).T @ to_mm / s
+    # affine_grid's unit is half the distance between the outer voxel centres (1 for an axis of one voxel).
+    half = torch.tensor([max(size - 1, 1) / 2 for size in shape], dtype=torch.float64)
+    linear, offset = linear * half / half[:, None], -(linear @ shift) / half
+    # grid_sample counts axes from the last one.
+    return torch.cat([linear.flip(0, 1), offset.flip(0)[:, None]], dim=1)
+
+
+def _rotation(angles: torch.Tensor) -> torch.Tensor:
+    """Rotation in the plane for one angle, about axes 0, 1 and 2 in turn for three (radians)."""
+    if len(angles) == 1:
+        return _plane_rotation(angles[0], 0, 1, 2)
+    planes = ((1, 2), (0, 2), (0, 1))
+    first, second, third = (_plane_rotation(a, i, j, 3) for a, (i, j) in zip(angles, planes, strict=True))
+    return third @ second @ first
+
+
+def _plane_rotation(angle: torch.Tensor, i: int, j: int, ndim: int) -> torch.Tensor:
+    matrix = torch.eye(ndim, dtype=torch.float64)
+    matrix[i, i] = matrix[j, j] = torch.cos(angle)
+    matrix[i, j], matrix[j, i] = -torch.sin(angle), torch.sin(angle)
+    return matrix
+
+
+def _moved(image: torch.Tensor, theta: torch.Tensor, mode: str) -> torch.Tensor:
+    """Resample (C, *S) once; what comes from outside the image is 0."""
+    grid = F.affine_grid(theta[None].to(image.dtype), (1, *image.shape), align_corners=True)
+    return F.grid_sample(image[None], grid, mode=mode, padding_mode="zeros", align_corners=True)[0]

@@ -1,0 +1,324 @@
+"""Where voxels are: from the grid of a file to the model's grid and back.
+
+On the way in a volume is reoriented, resampled to the model's spacing and centre-cropped or padded to the
+model's shape. A `Geometry` records the three steps, tells the affine after them, and undoes them, so that
+what a model produces lies on the original grid again: same shape, affine, orientation and spacing.
+
+Pictures and slices (2-D) have no affine; only the crop/pad box applies to their pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from ldm.errors import LdmError
+
+# A spacing that differs by less is the same spacing written with fewer digits; resampling would only blur.
+SPACING_TOLERANCE = 1e-3
+# NIfTI's "aligned to something": the code for files that do not say which world they are in.
+ALIGNED = 2
+_WORLD_AXIS = {"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}
+
+Affine = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One file's grid and how it maps onto the model's grid.
+
+    original_shape:  spatial shape of the file, (I, J, K) or (H, W).
+    shape:           spatial shape of the model's grid.
+    original_affine: (4, 4) voxel index to world (RAS+) in mm; None for 2-D.
+    orientation:     axis codes of the model's grid, e.g. ``RAS``; None keeps the file's axes.
+    spacing:         voxel size of the model's grid in mm along its axes; None keeps the file's.
+    space_code:      NIfTI code of the world the affine leads to (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
+    """
+
+    original_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    original_affine: Affine | None = None
+    orientation: str | None = None
+    spacing: tuple[float, ...] | None = None
+    space_code: int = ALIGNED
+
+    @classmethod
+    def plan(
+        cls,
+        original_shape: Sequence[int],
+        original_affine: np.ndarray | Sequence[Sequence[float]] | None = None,
+        orientation: str | None = None,
+        spacing: float | Sequence[float] | None = None,
+        shape: Sequence[int] | None = None,
+        space_code: int | None = None,
+    ) -> Geometry:
+        """Describe the way in for one file; ``shape=None`` neither crops nor pads.
+
+        Raises LdmError for axis codes, spacing or shape that do not fit the number of axes.
+        """
+        ndim = len(original_shape)
+        if original_affine is None and (orientation is not None or spacing is not None):
+            raise LdmError(
+                "orientation and spacing_mm need an affine; set both to null for images without one."
+            )
+        if shape is not None and len(shape) != ndim:
+            raise LdmError(f"shape {list(shape)} has {len(shape)} axes, but the images have {ndim}.")
+        planned = cls(
+            original_shape=tuple(int(size) for size in original_shape),
+            shape=tuple(int(size) for size in (shape if shape is not None else original_shape)),
+            original_affine=None if original_affine is None else _as_tuples(original_affine),
+            orientation=None if orientation is None else checked_axcodes(orientation),
+            spacing=None if spacing is None else checked_spacing(spacing, ndim),
+            space_code=space_code or ALIGNED,
+        )
+        return planned if shape is not None else planned.with_shape(planned.resampled_shape)
+
+    def with_shape(self, shape: Sequence[int]) -> Geometry:
+        """The same way in, cropped or padded to another model shape."""
+        return replace(self, shape=tuple(int(size) for size in shape))
+
+    # the three steps ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _orientation_change(self) -> np.ndarray | None:
+        """nibabel orientation array, (3, 2): where each file axis goes, and whether it is flipped."""
+        if self.original_affine is None or self.orientation is None:
+            return None
+        stored = nib.io_orientation(np.array(self.original_affine))
+        return nib.orientations.ornt_transform(stored, nib.orientations.axcodes2ornt(self.orientation))
+
+    @cached_property
+    def _oriented_shape(self) -> tuple[int, ...]:
+        change = self._orientation_change
+        if change is None:
+            return self.original_shape
+        shape = [0] * len(self.original_shape)
+        for axis, (target, _) in enumerate(change):
+            shape[int(target)] = self.original_shape[axis]
+        return tuple(shape)
+
+    @cached_property
+    def _oriented_affine(self) -> np.ndarray | None:
+        if self.original_affine is None:
+            return None
+        affine = np.array(self.original_affine)
+        change = self._orientation_change
+        return (
+            affine if change is None else affine @ nib.orientations.inv_ornt_aff(change, self.original_shape)
+        )
+
+    @cached_property
+    def _ratio(self) -> tuple[float, ...]:
+        """New voxel size over old one, per axis of the model's grid; 1 where nothing is resampled."""
+        if self.spacing is None or self._oriented_affine is None:
+            return (1.0,) * len(self.original_shape)
+        ratios = np.array(self.spacing) / nib.affines.voxel_sizes(self._oriented_affine)
+        return tuple(1.0 if abs(ratio - 1.0) < SPACING_TOLERANCE else float(ratio) for ratio in ratios)
+
+    @cached_property
+    def resampled_shape(self) -> tuple[int, ...]:
+        """Shape after reorientation and resampling: the field of view in new voxels, rounded."""
+        pairs = zip(self._oriented_shape, self._ratio, strict=True)
+        return tuple(max(1, round(size / ratio)) for size, ratio in pairs)
+
+    @cached_property
+    def _box_start(self) -> tuple[int, ...]:
+        """Index, on the resampled grid, of the model grid's first voxel; negative where it is padded."""
+        pairs = zip(self.resampled_shape, self.shape, strict=True)
+        return tuple((size - target) // 2 for size, target in pairs)
+
+    @cached_property
+    def affine(self) -> np.ndarray | None:
+        """(4, 4) model voxel index to world (RAS+) in mm; None for 2-D."""
+        if self._oriented_affine is None:
+            return None
+        resample = np.eye(4)
+        for axis, (old, new, ratio) in enumerate(
+            zip(self._oriented_shape, self.resampled_shape, self._ratio, strict=True)
+        ):
+            resample[axis, axis] = ratio
+            resample[axis, 3] = _first_centre(old, new, ratio)
+        return self._oriented_affine @ resample @ nib.affines.from_matvec(np.eye(3), self._box_start)
+
+    @property
+    def crops(self) -> bool:
+        """Whether any voxel of the file falls outside the model's grid."""
+        return any(size > target for size, target in zip(self.resampled_shape, self.shape, strict=True))
+
+    def forward(self, array: np.ndarray, labels: bool = False, fill: float = 0.0) -> np.ndarray:
+        """Bring ``array`` (C, *original_shape) onto the model's grid: (C, *shape), same dtype.
+
+        Images are interpolated linearly after an anti-aliasing filter, labels take the nearest voxel;
+        ``fill`` is the value of padding.
+        """
+        self._expect(array, self.original_shape)
+        if self._orientation_change is not None:
+            array = _reoriented(array, self._orientation_change)
+        array = _resampled(array, self.resampled_shape, self._ratio, labels)
+        return _boxed(array, self._box_start, self.shape, fill)
+
+    def undo(self, array: np.ndarray, labels: bool = False, fill: float = 0.0) -> np.ndarray:
+        """Bring ``array`` (C, *shape) from the model's grid back onto the file's: (C, *original_shape).
+
+        Voxels of the file that the model's grid does not hold become ``fill``.
+        """
+        self._expect(array, self.shape)
+        array = _boxed(array, tuple(-start for start in self._box_start), self.resampled_shape, fill)
+        array = _resampled(array, self._oriented_shape, tuple(1 / ratio for ratio in self._ratio), labels)
+        if self._orientation_change is not None:
+            back = nib.orientations.ornt_transform(
+                nib.orientations.axcodes2ornt(self.orientation),
+                nib.io_orientation(np.array(self.original_affine)),
+            )
+            array = _reoriented(array, back)
+        return array
+
+    @staticmethod
+    def _expect(array: np.ndarray, shape: tuple[int, ...]) -> None:
+        if array.shape[1:] != shape:
+            raise LdmError(
+                f"an array of shape {array.shape} does not lie on the grid (C, {_text(shape, ', ')})."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe description; `from_dict` restores it exactly."""
+        affine = self.original_affine
+        return {
+            "original_shape": list(self.original_shape),
+            "shape": list(self.shape),
+            "original_affine": affine and [list(row) for row in affine],
+            "orientation": self.orientation,
+            "spacing": None if self.spacing is None else list(self.spacing),
+            "space_code": self.space_code,
+        }
+
+    @classmethod
+    def from_dict(cls, description: Mapping[str, Any]) -> Geometry:
+        """Inverse of `to_dict`."""
+        return cls.plan(**description)
+
+
+# shapes -----------------------------------------------------------------------------------------------
+
+
+def per_axis(multiple: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """One factor per axis from an int or a sequence of ``ndim`` ints."""
+    factors = (multiple,) * ndim if isinstance(multiple, int) else tuple(int(factor) for factor in multiple)
+    if len(factors) != ndim or min(factors) < 1:
+        raise LdmError(f"multiple {multiple} must be a positive integer, or {ndim} of them, one per axis.")
+    return factors
+
+
+def smallest_shape(shapes: Iterable[Sequence[int]], multiple: int | Sequence[int]) -> tuple[int, ...]:
+    """The smallest legal shape (each axis a multiple) that holds every one of ``shapes``."""
+    largest = np.max(list(shapes), axis=0)
+    factors = per_axis(multiple, len(largest))
+    return tuple(
+        math.ceil(int(size) / factor) * factor for size, factor in zip(largest, factors, strict=True)
+    )
+
+
+def check_shape(
+    shape: Sequence[int], multiple: int | Sequence[int], name: str = "data.shape"
+) -> tuple[int, ...]:
+    """Return ``shape`` if each axis is a positive multiple, else raise LdmError with the nearest sizes."""
+    factors = per_axis(multiple, len(shape))
+    hints = []
+    for axis, (size, factor) in enumerate(zip(shape, factors, strict=True)):
+        if size < 1 or size % factor:
+            below, above = size // factor * factor, -(-size // factor) * factor
+            legal = [str(legal) for legal in dict.fromkeys((below, above)) if legal > 0] or [str(factor)]
+            hints.append(
+                f"axis {axis}: {size} is not a multiple of {factor}, nearest legal: {' or '.join(legal)}"
+            )
+    if hints:
+        raise LdmError(f"{name}: {_text(shape)} does not suit the networks. {'; '.join(hints)}.")
+    return tuple(int(size) for size in shape)
+
+
+def checked_axcodes(orientation: str) -> str:
+    """Return three axis codes such as ``RAS`` in capitals, or raise LdmError."""
+    codes = str(orientation).upper()
+    if sorted(_WORLD_AXIS.get(code, -1) for code in codes) != [0, 1, 2]:
+        raise LdmError(
+            f"data.orientation: '{orientation}' is no orientation. Write three letters in the order of the "
+            "array axes, one of L/R, one of P/A, one of I/S, e.g. RAS."
+        )
+    return codes
+
+
+def checked_spacing(spacing: float | Sequence[float], ndim: int = 3) -> tuple[float, ...]:
+    """Voxel size in mm per axis from one number or ``ndim`` of them."""
+    sizes = (spacing,) * ndim if isinstance(spacing, int | float) else tuple(spacing)
+    if len(sizes) != ndim or not all(isinstance(size, int | float) and 0 < size < math.inf for size in sizes):
+        raise LdmError(f"data.spacing_mm: {spacing} must be a positive number of mm, or {ndim} of them.")
+    return tuple(float(size) for size in sizes)
+
+
+# array steps ------------------------------------------------------------------------------------------
+
+
+def _reoriented(array: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Permute and flip the spatial axes of (C, I, J, K)."""
+    return np.stack([nib.apply_orientation(channel, change) for channel in array])
+
+
+def _first_centre(old: int, new: int, ratio: float) -> float:
+    """Old-grid coordinate of the new grid's first voxel centre; both fields of view share their centre."""
+    return (old - 1) / 2 - ratio * (new - 1) / 2
+
+
+def _resampled(array: np.ndarray, shape: tuple[int, ...], ratio: Sequence[float], labels: bool) -> np.ndarray:
+    """Resample (C, *S) to (C, *shape); ``ratio`` is new voxel size over old one."""
+    if all(factor == 1.0 for factor in ratio):
+        return array
+    offset = [_first_centre(old, new, r) for old, new, r in zip(array.shape[1:], shape, ratio, strict=True)]
+    output = np.empty((len(array), *shape), dtype=array.dtype)
+    for channel, result in zip(array, output, strict=True):
+        source = channel if labels else _antialiased(channel, ratio)
+        ndimage.affine_transform(
+            source, np.array(ratio), offset, shape, output=result, order=0 if labels else 1, mode="nearest"
+        )
+    return output
+
+
+def _antialiased(volume: np.ndarray, ratio: Sequence[float]) -> np.ndarray:
+    """Smooth along axes that lose resolution, so that detail finer than the new voxels does not alias.
+
+    The Gaussian turns the old voxel's point spread into the new one's: variance (r^2 - 1) / (8 ln 2) in old
+    voxels (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015, equation 5).
+    """
+    sigma = [math.sqrt(max(factor**2 - 1.0, 0.0) / (8 * math.log(2))) for factor in ratio]
+    return ndimage.gaussian_filter(volume, sigma, mode="nearest") if any(sigma) else volume
+
+
+def _boxed(array: np.ndarray, start: Sequence[int], shape: tuple[int, ...], fill: float) -> np.ndarray:
+    """Cut the box [start, start + shape) out of (C, *S); what lies outside becomes ``fill``."""
+    box = np.full((len(array), *shape), fill, dtype=array.dtype)
+    source, target = [slice(None)], [slice(None)]
+    for first, size, available in zip(start, shape, array.shape[1:], strict=True):
+        low, high = max(first, 0), min(first + size, available)
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    box[tuple(target)] = array[tuple(source)]
+    return box
+
+
+def _as_tuples(affine: np.ndarray | Sequence[Sequence[float]]) -> Affine:
+    matrix = np.asarray(affine, dtype=np.float64)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
+        raise LdmError(f"an affine has 4 x 4 finite numbers, this one is\n{matrix}")
+    if np.isnan(nib.io_orientation(matrix)).any():
+        raise LdmError(f"the affine drops an axis, so that voxels have no place in space:\n{matrix}")
+    return tuple(tuple(row) for row in matrix.tolist())
+
+
+def _text(shape: Sequence[int], separator: str = " x ") -> str:
+    return separator.join(str(size) for size in shape)

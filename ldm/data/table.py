@@ -1,0 +1,115 @@
+"""The cohort table: one row an image, read as text, so that nothing is guessed from what it looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ldm.data.templates import Template
+from ldm.errors import LdmError
+
+MISSING = frozenset({"", "n/a", "na", "nan"})
+"""Texts, in lower case, that mean that a value was not recorded."""
+SEPARATORS = {".tsv": "\t", ".csv": ","}
+
+Row = dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        name: file name, or the template that stands in for a table.
+        columns: column names, in order.
+        rows: column -> text, or ``None`` for a missing value. ``row``, the row's number from 0, is added
+            unless the table has such a column itself.
+        places: where each row stands, e.g. ``participants.tsv:17``.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    places: tuple[str, ...]
+
+
+def read_table(path: Path) -> Table:
+    """Read a ``.tsv`` or ``.csv`` file with a header line.
+
+    Raises:
+        LdmError: if it is missing, of another kind, not UTF-8, ragged, without rows, or has a column twice.
+    """
+    if path.suffix.lower() not in SEPARATORS:
+        raise LdmError(f"{path}: a table is a .tsv or .csv file, not '{path.suffix}'")
+    separator = SEPARATORS[path.suffix.lower()]
+    try:
+        frame = pd.read_csv(
+            path,
+            sep=separator,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            encoding="utf-8-sig",
+        ).fillna("")
+    except FileNotFoundError as error:
+        raise LdmError(
+            f"{path}: no such table; set data.table, or null to take the rows from the file names"
+        ) from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        raise LdmError(
+            f"{path}: cannot be read as a table ({str(error).strip()}); save it as UTF-8 text"
+        ) from error
+    lines = [tuple(text.strip() for text in line) for line in frame.itertuples(index=False, name=None)]
+    columns = lines[0]
+    _check_columns(path, columns, separator)
+    rows, places = [], []
+    for number, line in enumerate(lines[1:], start=2):
+        if any(line):
+            rows.append({"row": str(len(rows)), **_row(columns, line)})
+            places.append(f"{path.name}:{number}")
+    if not rows:
+        raise LdmError(f"{path}: holds a header and no rows")
+    return Table(path.name, columns, tuple(rows), tuple(places))
+
+
+def table_from_files(root: Path, template: Template) -> Table:
+    """Make a table from the files that ``template`` names: one row a file, one column a field.
+
+    Raises:
+        LdmError: if no file matches, or the template's selector holds a field, which no file name can tell.
+    """
+    names = template.files(root)
+    if not names:
+        raise LdmError(f"{template.where}: no file below {root} matches '{template.text}'")
+    found = template.row_of(names[0])
+    unknown = [column for column in template.columns if column not in found]
+    if unknown:
+        raise LdmError(
+            f"{template.where}: without a table, {{{unknown[0]}}} can only come from a file's path, "
+            "not from a selector"
+        )
+    rows = tuple({**template.row_of(name), "row": str(index)} for index, name in enumerate(names))
+    return Table(template.text, template.columns, rows, tuple(names))
+
+
+def _check_columns(path: Path, columns: tuple[str, ...], separator: str) -> None:
+    for column in columns:
+        if not column:
+            raise LdmError(f"{path}: column {columns.index(column) + 1} has no name in the header line")
+        if columns.count(column) > 1:
+            raise LdmError(f"{path}: column '{column}' stands twice in the header line")
+    other = next((text for text in ("\t", ";", ",") if text != separator and text in columns[0]), None)
+    if len(columns) == 1 and other:
+        raise LdmError(
+            f"{path}: the header is one column, '{columns[0]}'; separate columns with {separator!r}"
+        )
+
+
+def _row(columns: tuple[str, ...], line: tuple[str, ...]) -> Row:
+    return {
+        column: None if text.casefold() in MISSING else text
+        for column, text in zip(columns, line, strict=True)
+    }

@@ -1,0 +1,92 @@
+"""``report.html``: one self-contained page, verdict first, that opens without a server."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ldm.model.latent_diffusion import LatentDiffusionModel
+
+CAPTIONS = {
+    "samples.png": "Samples, asked with the covariates of held-out subjects (axial, coronal, sagittal centre plane each).",
+    "real.png": "The held-out subjects with these covariates.",
+}
+
+
+def write_report(
+    path: Path,
+    model: LatentDiffusionModel,
+    metrics: Mapping[str, Any],
+    figures: Path,
+    curves: Mapping[str, Path],
+) -> Path:
+    """Write the page; pictures are embedded.
+
+    Args:
+        path: ``report.html``.
+        model: what was evaluated.
+        metrics: content of ``metrics.json``.
+        figures: folder with the pictures of this evaluation.
+        curves: title -> picture, of the trainings.
+    """
+    environment = Environment(
+        loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    scatter = {
+        name: [_embed(figures / f"measured_{kind}_{name}.png") for kind in ("real", "samples")]
+        for name in metrics.get("fidelity", {})
+    }
+    html = environment.get_template("report.html").render(
+        cohort=metrics["cohort"],
+        simulated=metrics["cohort"] == "simulated",
+        metrics=metrics,
+        verdict=verdict(metrics),
+        mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
+        scatter=scatter,
+        curves=[(title, _embed(picture)) for title, picture in curves.items()],
+        model={
+            "parameters": f"{sum(p.numel() for p in model.network.parameters()) / 1e6:.1f} M",
+            "latent": "x".join(map(str, model.latent_shape)),
+            "condition": f"{model.header['condition']['mode']} on {', '.join(model.schema.names) or 'nothing'}",
+            "sampling": ", ".join(f"{k} {v}" for k, v in vars(model.defaults).items() if v is not None),
+            "steps": model.header.get("steps", "unknown"),
+            "sha256": metrics["model_sha256"][:16],
+        },
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(html)
+    os.replace(temporary, path)
+    return path
+
+
+def verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in plain sentences."""
+    reconstruction = metrics["reconstruction"]
+    lines = [
+        f"The first stage reconstructs {reconstruction['n']} held-out images with a PSNR of "
+        f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
+    ]
+    for name, values in metrics.get("fidelity", {}).items():
+        samples, real = values["samples"], values["instrument_on_held_out"]
+        lines.append(
+            f"{name}: measured in {samples['n']} samples it follows what was asked with r = {samples['r']:.3f} and "
+            f"slope {samples['slope']:.2f}; the instrument itself, on {real['n']} held-out images with known truth, "
+            f"reaches r = {real['r']:.3f} and slope {real['slope']:.2f}."
+        )
+    spread = metrics["diversity"]
+    same, real = spread.get("samples, same covariates"), spread.get("real, nearest covariates")
+    if same and real:
+        lines.append(
+            f"Two samples at the same covariates have an MS-SSIM of {same['ms_ssim']['mean']:.3f}; two held-out "
+            f"subjects with like covariates, {real['ms_ssim']['mean']:.3f}. Higher is more alike."
+        )
+    return lines
+
+
+def _embed(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()

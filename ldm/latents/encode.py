@@ -1,0 +1,104 @@
+"""Encode a cohort into posteriors, with augmented variants whose covariates follow the augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ldm.data.augmentation import Augmentation
+from ldm.data.schema import CovariateSchema
+from ldm.diffusion.noise import step_generator
+from ldm.latents.cache import CacheItem
+from ldm.model.precision import autocast
+
+
+@dataclass(frozen=True)
+class CohortEncoder:
+    """Runs the frozen first stage over one split, ``variants`` times.
+
+    Variant 0 is every image as it is; the others are augmented, each with random numbers named by (seed,
+    variant, position), so a resumed run encodes the same.
+
+    Attributes:
+        first_stage: frozen network.
+        dataset: items with ``image`` ``(C, *S)``, ``covariates`` ``(K,)``, ``index`` and perhaps ``labels`` ``(*S)``.
+        schema: corrects the covariates of scaled anatomy.
+        augmentation: of the variants after the first.
+        variants: encoded versions of each image.
+        num_labels: number of label values that travel as condition, 0 for none.
+        spacing: voxel size in mm, for rotations.
+        value_range: intensity range of the images.
+    """
+
+    first_stage: nn.Module
+    dataset: Dataset
+    schema: CovariateSchema
+    augmentation: Augmentation
+    variants: int = 1
+    num_labels: int = 0
+    spacing: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
+    seed: int = 0
+    batch_size: int = 4
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return self.variants * len(self.dataset)
+
+    def items(self, start: int = 0) -> Iterator[CacheItem]:
+        """Posteriors of items ``start``, ``start + 1``, ..., variant by variant."""
+        for first in range(start, len(self), self.batch_size):
+            numbers = range(first, min(first + self.batch_size, len(self)))
+            yield from self._encode([self._item(number) for number in numbers])
+
+    def _item(self, number: int) -> dict[str, Any]:
+        variant, position = divmod(number, len(self.dataset))
+        item = {**self.dataset[position], "variant": variant}
+        if variant:
+            image, labels, scale = self.augmentation(
+                item["image"],
+                item.get("labels"),
+                step_generator(self.seed, variant, position),
+                self.spacing,
+                self.value_range,
+            )
+            covariates = torch.from_numpy(self.schema.rescale(item["covariates"].numpy(), scale))
+            item |= {"image": image, "covariates": covariates}
+            if labels is not None:
+                item["labels"] = labels
+        return item
+
+    @torch.no_grad()
+    def _encode(self, items: list[Mapping[str, Any]]) -> Iterator[CacheItem]:
+        images = torch.stack([item["image"] for item in items]).to(self.device)  # (B, C, *S)
+        with autocast(self.device):
+            means, stds = self.first_stage.encode(images)  # (B, c, *s) each
+        for item, mean, std in zip(items, means.float().cpu(), stds.float().cpu(), strict=True):
+            condition = None
+            if self.num_labels:
+                condition = label_fractions(item["labels"], self.num_labels, tuple(mean.shape[1:]))
+            yield CacheItem(
+                mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], condition
+            )
+
+
+def label_fractions(labels: Tensor, num_labels: int, size: tuple[int, ...]) -> Tensor:
+    """Share of each label in every cell of the latent grid.
+
+    Args:
+        labels: ``(*S)`` integers below ``num_labels``.
+        num_labels: L, background included.
+        size: latent grid.
+
+    Returns:
+        ``(L, *size)`` in [0, 1], summing to one over labels.
+    """
+    one_hot = torch.movedim(F.one_hot(labels.long(), num_labels), -1, 0).float()  # (L, *S)
+    pool = F.adaptive_avg_pool3d if labels.ndim == 3 else F.adaptive_avg_pool2d
+    return pool(one_hot, size)

@@ -1,0 +1,143 @@
+"""Samples as files: images in the cohort's space, a participants table, a picture, the provenance."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data import images
+from ldm.errors import LdmError
+from ldm.model.latent_diffusion import LatentDiffusionModel
+
+logger = logging.getLogger(__name__)
+
+TABLE = "participants.tsv"
+PROVENANCE = "provenance.json"
+
+
+def write_samples(
+    model: LatentDiffusionModel,
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    seed: int,
+    provenance: Mapping[str, Any],
+    batch_size: int = 4,
+    precision: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Draw one sample a row and write it; existing files of the same request are kept.
+
+    Writes ``sub-000001.nii.gz`` (2-D: ``.png``; several channels: ``sub-000001_NAME.nii.gz``), ``participants.tsv``
+    with what was asked, ``participants.json`` with units, and ``provenance.json``. An image is written under a
+    temporary name first, so a file that is there is whole; the same call goes on where it was stopped.
+
+    Args:
+        model: what samples.
+        out: folder; made if it is not there.
+        rows: covariates asked for, one row a sample.
+        seed, batch_size, precision: see :meth:`LatentDiffusionModel.sample_batches`.
+        provenance: what the samples depend on; a folder with another provenance is refused.
+        options: sampling options that differ from the model's defaults.
+        progress: called with the number of finished samples.
+
+    Returns:
+        Path of the first channel of every sample.
+
+    Raises:
+        LdmError: ``out`` holds samples of another request.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"sub-{index + 1:06d}" for index in range(len(rows))]
+    record = json.loads(
+        json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True)
+    )
+    _expect_same_request(out, record)
+    _write_text(out / PROVENANCE, json.dumps(record, indent=1))
+    paths = [image_paths(model, out, name) for name in names]
+    todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]
+    if progress is not None and len(todo) < len(rows):
+        progress(len(rows) - len(todo))
+    batches = model.sample_batches(
+        [rows[index] for index in todo], todo, seed, batch_size, precision, **dict(options or {})
+    )
+    for batch in batches:
+        for image, index in zip(batch.images, batch.indices, strict=True):
+            write_image(model, image, paths[index])
+        if progress is not None:
+            progress(len(batch.images))
+    write_table(model, out, names, rows)
+    return [path[0] for path in paths]
+
+
+def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]:
+    """Files of one sample, one a channel."""
+    suffix = ".nii.gz" if model.preprocessing.spatial_dims == 3 else ".png"
+    channels = model.preprocessing.channels
+    if len(channels) == 1:
+        return [out / f"{name}{suffix}"]
+    return [out / f"{name}_{channel}{suffix}" for channel in channels]
+
+
+def write_image(model: LatentDiffusionModel, image: np.ndarray, paths: Sequence[Path]) -> None:
+    """Write an image ``(C, *S)`` in the cohort's space, a file a channel, each atomically."""
+    for channel, path in enumerate(paths):
+        images.write(path, model.preprocessing.restore(image[channel : channel + 1]))
+
+
+def write_table(
+    model: LatentDiffusionModel, out: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write ``participants.tsv`` (what was asked; n/a where nothing was) and ``participants.json`` (units)."""
+    columns = list(model.schema.names)
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    table.writerow(["participant_id", *columns])
+    for name, row in zip(names, rows, strict=True):
+        table.writerow([name, *(_cell(row.get(column)) for column in columns)])
+    _write_text(out / TABLE, text.getvalue())
+    about = {covariate.name: _about(covariate) for covariate in model.schema}
+    _write_text(out / "participants.json", json.dumps(about, indent=1))
+
+
+def _about(covariate: Any) -> dict[str, Any]:
+    about: dict[str, Any] = {"Description": f"{covariate.name} that the sample was asked to have"}
+    if covariate.unit:
+        about["Units"] = covariate.unit
+    if covariate.levels:
+        about["Levels"] = list(covariate.levels)
+    return about
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
+    path = out / PROVENANCE
+    if not path.is_file():
+        return
+    stored = json.loads(path.read_text())
+    differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
+    if differing:
+        raise LdmError(
+            f"{out} holds samples of another request ({', '.join(differing)} differ). Choose another out=..., or remove "
+            "the folder."
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

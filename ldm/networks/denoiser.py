@@ -1,0 +1,156 @@
+"""The second-stage network: MONAI's ``DiffusionModelUNet`` behind one call.
+
+Conditions reach it in three ways, freely combined: ``planes`` are concatenated to the noisy latent,
+``context`` tokens are attended to, and an ``embedding`` joins the time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
+from torch import Tensor, nn
+
+from ldm.errors import LdmError
+
+
+class Denoiser(nn.Module):
+    """U-Net that predicts, from a noisy latent, whatever the prediction type asks for.
+
+    Args:
+        spatial_dims: 2 or 3.
+        latent_channels: channels of the noisy latent, and of the output.
+        plane_channels: channels of the conditions that are concatenated to the input.
+        context_dim: width of a context token; None builds self-attention instead of cross-attention.
+        embedding: whether a condition embedding of width ``4 * channels[0]`` is added to the time embedding.
+        adaptive_norm: let the (time + condition) embedding scale and shift the second normalisation of every
+            residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it.
+        out_channels: output channels; None for ``latent_channels``.
+        channels, num_res_blocks, attention_levels, num_head_channels, norm_num_groups, resblock_updown,
+            transformer_num_layers: as in MONAI's ``DiffusionModelUNet``.
+
+    Raises:
+        LdmError: the sizes do not fit each other; the message is MONAI's with the values at fault.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        latent_channels: int,
+        plane_channels: int = 0,
+        context_dim: int | None = None,
+        embedding: bool = False,
+        adaptive_norm: bool = False,
+        out_channels: int | None = None,
+        channels: Sequence[int] = (64, 128, 192),
+        num_res_blocks: int | Sequence[int] = 2,
+        attention_levels: Sequence[bool] = (False, False, True),
+        num_head_channels: int | Sequence[int] = 32,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-6,
+        resblock_updown: bool = False,
+        transformer_num_layers: int = 1,
+        use_flash_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        try:
+            unet = DiffusionModelUNet(
+                spatial_dims,
+                in_channels=latent_channels + plane_channels,
+                out_channels=out_channels or latent_channels,
+                channels=tuple(channels),
+                num_res_blocks=_tuple(num_res_blocks),
+                attention_levels=tuple(attention_levels),
+                num_head_channels=_tuple(num_head_channels),
+                norm_num_groups=norm_num_groups,
+                norm_eps=norm_eps,
+                resblock_updown=resblock_updown,
+                transformer_num_layers=transformer_num_layers,
+                with_conditioning=context_dim is not None,
+                cross_attention_dim=context_dim,
+                num_class_embeds=1 if embedding else None,
+                use_flash_attention=use_flash_attention,
+            )
+        except ValueError as error:
+            raise LdmError(
+                f"ldm.network: {error} (channels {list(channels)}, attention_levels {list(attention_levels)}, "
+                f"num_head_channels {num_head_channels}, norm_num_groups {norm_num_groups})"
+            ) from error
+        if embedding:  # MONAI adds class_embedding(class_labels) to the time embedding; ours comes ready-made
+            unet.class_embedding = nn.Identity()
+        if adaptive_norm:
+            _use_adaptive_norm(unet)
+        if spatial_dims == 3:
+            unet.to(memory_format=torch.channels_last_3d)
+        self.unet = unet
+        self.spatial_dims = spatial_dims
+        self.downsampling_factor = 2 ** (len(channels) - 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        planes: Tensor | None = None,
+        context: Tensor | None = None,
+        embedding: Tensor | None = None,
+    ) -> Tensor:
+        """Network output for a noisy latent.
+
+        Args:
+            x: ``(B, C, D, H, W)`` noisy scaled latent.
+            t: ``(B,)`` timesteps.
+            planes: ``(B, P)`` values, each spread over the whole latent, or ``(B, P, D, H, W)``.
+            context: ``(B, tokens, context_dim)``.
+            embedding: ``(B, 4 * channels[0])``.
+
+        Returns:
+            ``(B, out_channels, D, H, W)`` in float32.
+        """
+        if planes is not None:
+            if planes.ndim == 2:
+                planes = planes.reshape(*planes.shape, *(1,) * self.spatial_dims)
+            planes = planes.expand(-1, -1, *x.shape[2:])  # (B, P, D, H, W)
+            x = torch.cat([x, planes.to(x.dtype)], dim=1)  # (B, C + P, D, H, W)
+        return self.unet(x, t, context=context, class_labels=embedding).float()
+
+
+class AdaptiveResnetBlock(nn.Module):
+    """MONAI's residual block with adaptive group normalisation.
+
+    h = GroupNorm(conv1(...)) * (1 + scale) + shift, with (scale, shift) a linear map of the embedding that is
+    zero at the start of training (Dhariwal & Nichol 2021, eq. 9).
+    """
+
+    def __init__(self, block: DiffusionUNetResnetBlock) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.nonlinearity, self.skip_connection = block.nonlinearity, block.skip_connection
+        self.resample = block.upsample or block.downsample
+        self.emb_proj = nn.Linear(block.emb_channels, 2 * block.out_channels)
+        nn.init.zeros_(self.emb_proj.weight)
+        nn.init.zeros_(self.emb_proj.bias)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """``(B, C, D, H, W)`` and ``(B, E)`` -> ``(B, C', D', H', W')``."""
+        h = self.nonlinearity(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)
+        scale, shift = self.emb_proj(self.nonlinearity(emb)).chunk(2, dim=1)  # (B, C') each
+        spread = (..., *(None,) * (x.ndim - 2))
+        h = self.norm2(h) * (1 + scale[spread]) + shift[spread]
+        return self.skip_connection(x) + self.conv2(self.nonlinearity(h))
+
+
+def _use_adaptive_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, DiffusionUNetResnetBlock):
+            setattr(module, name, AdaptiveResnetBlock(child))
+        else:
+            _use_adaptive_norm(child)
+
+
+def _tuple(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    return value if isinstance(value, int) else tuple(value)

@@ -1,0 +1,126 @@
+"""Pictures of a run: slice mosaics, reconstruction panels, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
+from matplotlib.figure import Figure  # noqa: E402
+
+
+def views(image: np.ndarray) -> list[np.ndarray]:
+    """Pictures of one channel: the three centre planes of a volume ``(D, H, W)``, upright; a slice as it is.
+
+    Planes of a RAS volume come as axial, coronal, sagittal, with anterior or superior up.
+    """
+    if image.ndim == 2:
+        return [image]
+    i, j, k = (length // 2 for length in image.shape)
+    return [np.rot90(image[:, :, k]), np.rot90(image[:, j, :]), np.rot90(image[i, :, :])]
+
+
+def mosaic(
+    images: Sequence[np.ndarray],
+    path: Path,
+    titles: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
+    columns: int = 4,
+) -> Path:
+    """Images ``(C, *S)`` side by side, first channel, each with its centre planes in a row.
+
+    Args:
+        titles: one an image.
+        value_range: black and white; None takes each image's own.
+        columns: images a row.
+    """
+    strips = [_strip(image[0]) for image in images]
+    rows = -(-len(strips) // columns)
+    width = 1.5 * max(strip.shape[1] / strip.shape[0] for strip in strips)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 1.75 * rows), squeeze=False)
+    low, high = value_range or (None, None)
+    for n, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if n < len(strips):
+            axis.imshow(strips[n], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            if titles is not None:
+                axis.set_title(titles[n], fontsize=7, pad=2)
+    return _save(figure, path)
+
+
+def reconstruction_panel(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    path: Path,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
+) -> Path:
+    """Image, reconstruction and their difference, a row a case, first channel."""
+    low, high = value_range or (float(pairs[0][0].min()), float(pairs[0][0].max()))
+    limit = 0.25 * (high - low)
+    strips = [(_strip(x[0]), _strip(y[0]), _strip(y[0] - x[0], 0.0)) for x, y in pairs]
+    aspect = strips[0][0].shape[1] / strips[0][0].shape[0]
+    figure, axes = plt.subplots(len(strips), 3, figsize=(3 * 1.7 * aspect, 1.8 * len(strips)), squeeze=False)
+    for row, strip in zip(axes, strips, strict=True):
+        for axis, part in zip(row[:2], strip[:2], strict=True):
+            axis.imshow(part, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+        row[2].imshow(strip[2], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    for axis, title in zip(axes[0], ("image", "reconstruction", f"difference (+-{limit:g})"), strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    return _save(figure, path)
+
+
+def curves(metrics: Mapping[str, Sequence[tuple[int, float]]], names: Sequence[str], path: Path) -> Path:
+    """One small plot a metric against optimisation steps; metrics that were never logged are left out."""
+    names = [name for name in names if name in metrics]
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.4 * max(1, len(names)), 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=False):
+        steps, values = zip(*metrics[name], strict=True)
+        axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 40 else None)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("step", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        if "loss" in name and min(values) > 0:
+            axis.set_yscale("log")
+    return _save(figure, path)
+
+
+def scatter(asked: Sequence[float], measured: Sequence[float], title: str, unit: str, path: Path) -> Path:
+    """Asked against measured, with the identity line."""
+    figure, axis = plt.subplots(figsize=(3.6, 3.4))
+    axis.scatter(asked, measured, s=10, alpha=0.7)
+    ends = [min(*asked, *measured), max(*asked, *measured)]
+    axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xlabel(f"asked ({unit})", fontsize=8)
+    axis.set_ylabel(f"measured ({unit})", fontsize=8)
+    axis.set_title(title, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _strip(image: np.ndarray, fill: float | None = None) -> np.ndarray:
+    parts = views(image)
+    height = max(part.shape[0] for part in parts)
+    value = float(image.min()) if fill is None else fill
+    padded = []
+    for part in parts:
+        above = (height - part.shape[0]) // 2
+        padded.append(np.pad(part, ((above, height - part.shape[0] - above), (0, 1)), constant_values=value))
+    return np.concatenate(padded, axis=1)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout(pad=0.4)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+    return path

@@ -1,0 +1,190 @@
+"""Fit a stage: trainer, resume, final validation. The same call continues an interrupted run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+
+from ldm.errors import LdmError, nearest
+from ldm.model.precision import fast_at_bf16
+from ldm.training.budget import Budget
+from ldm.training.checkpoint import ResumeCheckpoint
+from ldm.training.logging import JsonlLogger, RunProgress, peak_memory_bytes
+from ldm.training.module import StageModule
+
+logger = logging.getLogger(__name__)
+
+TRAINER_KEYS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "precision",
+    "max_steps",
+    "max_time",
+    "val_every",
+    "val_batches",
+    "checkpoint_seconds",
+    "log_every",
+)
+
+
+def fit(
+    module: StageModule,
+    datamodule: L.LightningDataModule,
+    trainer: Mapping[str, Any],
+    run_dir: Path,
+    identity: Mapping[str, Any],
+    save_model: Callable[[Mapping[str, float]], Any],
+    label: str,
+    monitor: str,
+    loggers: Sequence[Any] = (),
+    callbacks: Sequence[L.Callback] = (),
+) -> dict[str, float]:
+    """Train ``module`` to the end of its budget, from ``last.ckpt`` if there is one.
+
+    Args:
+        module, datamodule: what is trained, on what.
+        trainer: the ``trainer`` section of the configuration.
+        run_dir: the run folder.
+        identity: what a checkpoint has to agree with to be continued, e.g. the network and the split hash.
+        save_model: writes ``model.safetensors``, given the latest validation metrics.
+        label: of the progress bar; its last word is the panel group.
+        monitor: validation metric that the progress bar shows.
+        loggers: beside ``metrics.jsonl``.
+        callbacks: further ones, e.g. figures.
+
+    Returns:
+        The final validation metrics.
+
+    Raises:
+        LdmError: the checkpoint in ``run_dir`` belongs to another configuration.
+    """
+    _check_keys(trainer)
+    run_dir = Path(run_dir)
+    checkpoint = run_dir / "last.ckpt"
+    budget = Budget(trainer["max_steps"], trainer["max_time"])
+    module.budget = budget
+    state = read_checkpoint(checkpoint, identity) if checkpoint.is_file() else None
+    lightning = _trainer(
+        trainer, budget, run_dir, label, monitor, loggers, callbacks, lambda: save_model(_validation(module))
+    )
+    lightning.callbacks.insert(0, _Identity(identity))
+    if state is not None and _finished(state, budget):
+        logger.info(
+            "Already trained for %d steps: %s. Raise trainer.max_steps to go on.",
+            state["ldm"]["step"],
+            run_dir,
+        )
+    else:
+        if state is not None:
+            logger.info("Going on at step %d of %s.", state["ldm"]["step"], checkpoint)
+        lightning.fit(
+            module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True
+        )
+        if lightning.interrupted:
+            raise KeyboardInterrupt
+        state = None
+    if state is not None:  # the weights of the finished run, for the final validation
+        module.load_state_dict(state["state_dict"])
+    lightning.validate(module, datamodule, verbose=False)
+    metrics = _validation(module)
+    metrics["train_seconds"] = budget.elapsed or state["ldm"]["elapsed"]
+    metrics["peak_memory_gib"] = peak_memory_bytes(module.device) / 2**30
+    if lightning.is_global_zero:
+        save_model(metrics)
+    return metrics
+
+
+def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a resume checkpoint of ours; nothing in it is executed.
+
+    Raises:
+        LdmError: unreadable, or made by another configuration; the message names what differs.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = state["ldm"]["identity"]
+    except Exception as error:  # torch raises many types for a file that is cut short or hostile
+        raise LdmError(
+            f"{path} is not a checkpoint of this package ({type(error).__name__}). Remove it to start anew."
+        ) from error
+    differing = [name for name in sorted({*stored, *identity}) if stored.get(name) != identity.get(name)]
+    if differing:
+        what = "; ".join(f"{name} is {identity.get(name)} now, was {stored.get(name)}" for name in differing)
+        raise LdmError(
+            f"{path.parent} holds a run with another configuration: {what}. Undo the change, write to another folder "
+            "with run_dir=..., or remove the folder to start anew."
+        )
+    return state
+
+
+class _Identity(L.Callback):
+    """Puts what a checkpoint belongs to, and how far it is, into the checkpoint."""
+
+    def __init__(self, identity: Mapping[str, Any]) -> None:
+        self.identity = dict(identity)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ldm"] = {"identity": self.identity, "step": module.step, "elapsed": module.budget.elapsed}
+
+
+def _validation(module: StageModule) -> dict[str, float]:
+    return {name: value for name, value in module.latest.items() if "/val/" in name}
+
+
+def _finished(state: Mapping[str, Any], budget: Budget) -> bool:
+    by_steps = budget.max_steps is not None and state["ldm"]["step"] >= budget.max_steps
+    by_time = budget.max_seconds is not None and state["ldm"]["elapsed"] >= budget.max_seconds
+    return by_steps or by_time
+
+
+def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_model) -> L.Trainer:
+    limit = config["val_batches"]
+    return L.Trainer(
+        accelerator=config["accelerator"],
+        devices=config["devices"],
+        num_nodes=config["num_nodes"],
+        strategy=config["strategy"],
+        precision=_precision(config),
+        max_epochs=-1,  # the budget ends the run
+        val_check_interval=config["val_every"],
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if limit is None else limit,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # modules log every `log_every` optimisation steps
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=[JsonlLogger(run_dir), *loggers],
+        callbacks=[
+            budget,
+            RunProgress(label, monitor),
+            *callbacks,
+            ResumeCheckpoint(run_dir, config["checkpoint_seconds"], save_model),
+        ],
+        default_root_dir=run_dir,
+    )
+
+
+def _precision(config: Mapping[str, Any]) -> str:
+    if config["precision"] != "auto":
+        return config["precision"]
+    wants_gpu = config["accelerator"] == "gpu" or (
+        config["accelerator"] == "auto" and torch.cuda.is_available()
+    )
+    return "bf16-mixed" if fast_at_bf16(torch.device("cuda" if wants_gpu else "cpu")) else "32-true"
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    for name in config:
+        if name not in TRAINER_KEYS:
+            raise LdmError(
+                f"trainer.{name} is not a setting.{nearest(name, TRAINER_KEYS)} Legal: {', '.join(TRAINER_KEYS)}."
+            )

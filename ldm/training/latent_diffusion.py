@@ -1,0 +1,164 @@
+"""The second stage: a conditional diffusion model on cached posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise import step_generator
+from ldm.diffusion.prediction import target
+from ldm.diffusion.weighting import loss_weight
+from ldm.errors import LdmError
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.training.ema import EMA
+from ldm.training.module import StageModule
+
+NUM_BINS = 10
+
+
+class LatentDiffusion(StageModule):
+    """Trains the denoiser and the conditioner of a :class:`LatentDiffusionModel`.
+
+    The model's own network is the first exponential moving average, so what is validated, sampled and saved is
+    always the average and no weights are ever swapped. First stage and statistics are kept out of the module
+    tree: they are neither optimised, nor wrapped for distributed training, nor stored in the resume checkpoint.
+
+    Args:
+        model: holds the latent space, the schedule and the prediction type.
+        optimizer: see :class:`ldm.training.module.StageModule`.
+        loss: ``weighting`` (``uniform`` or ``min_snr``) and ``gamma``.
+        ema_decays: one average a decay; the first is the model's.
+        log_every: steps between two logged steps.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusionModel,
+        optimizer: Mapping[str, Any],
+        loss: Mapping[str, Any],
+        ema_decays: Sequence[float] = (0.999,),
+        log_every: int = 20,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        self.network = model.network
+        self.ema = EMA(self.network, ema_decays)
+        model.network = self.ema.module
+        self._model = [model]
+        self.loss = dict(loss)
+        loss_weight(
+            self.loss["weighting"], model.prediction_type, torch.zeros(1), self.loss["gamma"]
+        )  # fail early
+        self.log_every = log_every
+        self.validation: dict[str, Any] = {}
+
+    @property
+    def model(self) -> LatentDiffusionModel:
+        """The model that is sampled from and saved: moving average, first stage, statistics."""
+        return self._model[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over denoiser and conditioner."""
+        return self.adamw(self.network.parameters())
+
+    def on_fit_start(self) -> None:
+        """First stage and statistics follow the module to its device."""
+        self.model.to(self.device)
+
+    on_validation_start = on_fit_start
+
+    # --- training -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
+        """One batch: draw the posterior, the timestep and the noise; weighted squared error of the output."""
+        draws = self._draws(batch)
+        weighted, plain, t = self.losses(self.network, batch, draws)
+        loss = weighted.mean()
+        self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["row"])
+        norms = self.step_optimizers(loss, [self.network])
+        if norms is None:
+            return
+        self.ema.update(self.network)
+        if (self.step - 1) % self.log_every == 0:
+            values = {"loss": loss.detach(), "loss_unweighted": plain.mean().detach(), "lr": self._lr()}
+            values |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+            self.record({f"ldm/train/{name}": value for name, value in values.items()})
+
+    def losses(
+        self, network: torch.nn.Module, batch: Mapping[str, Any], draws: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each sample.
+
+        Args:
+            network: the trained one, or an average.
+            batch: ``mean``, ``std`` ``(B, C, *S)`` and ``covariates`` ``(B, K)``.
+            draws: ``posterior`` and ``eps`` ``(B, C, *S)``, ``t`` ``(B,)``, ``hide`` ``(B, K + 1)`` or None.
+
+        Returns:
+            Weighted and unweighted loss ``(B,)``, timesteps ``(B,)``.
+        """
+        model, t = self.model, draws["t"]
+        values = batch["covariates"]
+        if draws["hide"] is not None and network.conditioner is not None:
+            values = network.conditioner.drop(values, draws["hide"])
+        with torch.autocast(t.device.type, enabled=False):  # the process itself is float32 or better
+            x0 = model.latent_space.draw(batch["mean"].float(), batch["std"].float(), draws["posterior"])
+            x_t = model.schedule.add_noise(x0, draws["eps"], t)  # (B, C, *S)
+            alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)  # (B,) each
+            wanted = target(model.prediction_type, x0, draws["eps"], alpha, sigma)
+        output = network(x_t, t, values)  # (B, C, *S)
+        plain = (output.float() - wanted).square().flatten(1).mean(1)  # (B,)
+        weight = loss_weight(
+            self.loss["weighting"], model.prediction_type, model.schedule.log_snr(t), self.loss["gamma"]
+        )
+        return weight * plain, plain, t
+
+    def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """All random numbers of a batch, one named stream a sample."""
+        shape, (size, count) = batch["mean"].shape[1:], batch["covariates"].shape
+        generators = self.generators(size)
+        total = self.model.schedule.num_train_timesteps
+        draws = {
+            "t": torch.cat([torch.randint(total, (1,), generator=g) for g in generators]),
+            "hide": torch.stack([torch.rand(count + 1, generator=g) for g in generators]),
+            "posterior": torch.stack([torch.randn(shape, generator=g) for g in generators]),
+            "eps": torch.stack([torch.randn(shape, generator=g) for g in generators]),
+        }
+        return {name: value.to(batch["mean"].device) for name, value in draws.items()}
+
+    def _lr(self) -> float:
+        return self.settings["lr"] * self.lr_factor()
+
+    # --- validation ---------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start collecting the loss per bin of timesteps."""
+        self.validation = {"sum": torch.zeros(NUM_BINS), "count": torch.zeros(NUM_BINS)}
+
+    def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
+        """Loss of the moving average with fixed noise, each sample once in the middle of every bin of timesteps."""
+        shape, size = batch["mean"].shape[1:], len(batch["mean"])
+        width = self.model.schedule.num_train_timesteps / NUM_BINS
+        for index in range(NUM_BINS):
+            streams = [step_generator(self.seed, index, int(row)) for row in batch["row"]]
+            t = torch.full((size,), int((index + 0.5) * width), device=self.device)
+            draws = {
+                "t": t,
+                "hide": None,
+                "posterior": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),
+                "eps": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),
+            }
+            _, plain, _ = self.losses(self.model.network, batch, draws)
+            self.validation["sum"][index] += float(plain.sum())
+            self.validation["count"][index] += size
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss, and the loss of every bin (bin 0 is the least noisy)."""
+        bins = self.validation["sum"] / self.validation["count"].clamp(min=1)
+        if not torch.isfinite(bins).all():
+            raise LdmError("The validation loss of the second stage is not finite: lower ldm.optimizer.lr.")
+        metrics = {f"ldm/val/loss_bin/{index}": float(value) for index, value in enumerate(bins)}
+        self.record({"ldm/val/loss": float(bins.mean()), **metrics}, reduce=True)

@@ -1,0 +1,136 @@
+"""Figures of every validation, on disk and in loggers that take images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ldm.training import figures
+
+logger = logging.getLogger(__name__)
+
+
+class FigureCallback(Callback):
+    """Writes figures into ``figures/`` of the run and hands them to every logger with ``log_image``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder) / "figures"
+
+    def publish(self, trainer: Trainer, name: str, path: Path) -> None:
+        """Hand a picture to the loggers."""
+        for one in trainer.loggers:
+            if hasattr(one, "log_image"):
+                one.log_image(key=name, images=[str(path)])
+
+    def curves(self, folder: Path, names: Sequence[str]) -> None:
+        """Draw ``metrics.jsonl``."""
+        from ldm.training.logging import read_metrics
+
+        metrics_file = folder.parent / "metrics.jsonl"
+        if metrics_file.is_file():
+            figures.curves(read_metrics(metrics_file), names, folder / "curves.png")
+
+
+class ReconstructionPanels(FigureCallback):
+    """Fixed held-out cases with their reconstruction and the difference, every validation."""
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw the cases that the module kept."""
+        if not trainer.is_global_zero or not module.validation.get("panels"):
+            return
+        pairs = [(x.float().numpy(), y.float().numpy()) for x, y in module.validation["panels"]]
+        path = figures.reconstruction_panel(
+            pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range
+        )
+        self.publish(trainer, "vae/reconstruction", path)
+        self.curves(self.folder, ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"))
+
+
+class SamplePanels(FigureCallback):
+    """Fixed-seed samples and the conditioning test, every validation of the second stage.
+
+    The conditioning test asks for the low and the high end of one covariate with the noise fixed. It logs the
+    response, the root-mean-square change of the image over that between two noise seeds, and, for covariates
+    that an instrument measures, the measured change over the asked change (1 is obedience).
+
+    Args:
+        folder: run folder.
+        rows: covariate rows of the fixed samples, from held-out subjects.
+        steps: network calls a sample.
+        measure: function of an image ``(C, *S)`` giving ``{covariate: value}``, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Mapping[str, Any]],
+        steps: int,
+        measure: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+    ) -> None:
+        super().__init__(folder)
+        self.rows, self.steps, self.measure = list(rows), steps, measure
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Sample, draw, measure."""
+        if not trainer.is_global_zero or not self.rows:
+            return
+        model = module.model.eval()
+        samples = model.sample(self.rows, seed=0, num_inference_steps=self.steps)
+        path = figures.mosaic(
+            samples.images,
+            self.folder / f"samples_{module.step:07d}.png",
+            [describe(row) for row in samples.covariates],
+            model.preprocessing.value_range,
+        )
+        self.publish(trainer, "ldm/samples", path)
+        metrics = conditioning_test(model, len(self.rows), self.steps, self.measure)
+        module.record({f"ldm/val/{name}": value for name, value in metrics.items()})
+        self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss"))
+
+
+def conditioning_test(
+    model: Any, n: int, steps: int, measure: Callable[[np.ndarray], Mapping[str, float]] | None = None
+) -> dict[str, float]:
+    """Vary one covariate at a time with the noise fixed; see :class:`SamplePanels`.
+
+    Args:
+        model: a :class:`ldm.model.latent_diffusion.LatentDiffusionModel`.
+        n: noise seeds.
+        steps: network calls a sample.
+        measure: see :class:`SamplePanels`.
+    """
+    results: dict[str, float] = {}
+    for covariate in model.schema:
+        if covariate.kind == "continuous":
+            low, high = covariate.range
+            ends = (low + 0.2 * (high - low), low + 0.8 * (high - low))
+        else:
+            ends = (covariate.levels[0], covariate.levels[-1])
+        first, last = (
+            model.sample({covariate.name: end}, n=n, seed=0, num_inference_steps=steps).images for end in ends
+        )
+        change = float(np.sqrt(np.mean((last - first) ** 2)))
+        between = float(np.sqrt(np.mean((first - np.roll(first, 1, axis=0)) ** 2)))
+        if between:
+            results[f"response/{covariate.name}"] = change / between
+        if measure is not None and covariate.kind == "continuous":
+            measured = [[measure(image).get(covariate.name) for image in images] for images in (first, last)]
+            if None not in (*measured[0], *measured[1]):
+                results[f"slope/{covariate.name}"] = float(
+                    (np.mean(measured[1]) - np.mean(measured[0])) / (ends[1] - ends[0])
+                )
+    return results
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A covariate row as a short title."""
+    parts = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+    ]
+    return ", ".join(parts) or "unconditional"

@@ -1,0 +1,303 @@
+"""One small cohort with every fault planted: the report names each one, with its kind and its file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.checks import check_cohort
+from ldm.errors import LdmError
+
+SHAPE = (10, 11, 12)
+COLUMNS = ("participant_id", "subject", "file", "age", "sex", "scanner", "split", "late")
+CLEAN = [f"clean{i:02}" for i in range(12)]
+
+
+def _volume(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(1, 100, shape).astype(np.float32)
+
+
+def _save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+class Planted:
+    """A cohort on disk that grows row by row."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.rows, self.seed = root, [], 0
+        for index, name in enumerate(CLEAN):
+            self.add(name, age=str(50 + index), split="valid" if index > 9 else "train")
+
+    def add(
+        self, name: str, array=None, affine=None, labels=None, labels_affine=None, file=None, **cells
+    ) -> str:
+        """Add a row with its files; return where the report should place a fault of the row."""
+        self.seed += 1
+        file = name if file is None else file
+        defaults = {
+            "subject": name,
+            "age": "60",
+            "sex": "FM"[self.seed % 2],
+            "scanner": "A",
+            "split": "train",
+        }
+        self.rows.append({"participant_id": name, "file": file, "late": "train", **defaults, **cells})
+        if "/" not in file and file:
+            array = _volume(self.seed) if array is None else array
+            labels = (array > 50).astype(np.uint8) if labels is None else labels
+            _save(self.image(file), array, affine)
+            _save(
+                self.root / "seg" / f"{file}.nii.gz",
+                labels,
+                affine if labels_affine is None else labels_affine,
+            )
+        return f"participants.tsv:{len(self.rows) + 1}"
+
+    def image(self, name: str) -> Path:
+        return self.root / "T1" / f"{name}.nii.gz"
+
+    def config(self, **changes) -> dict:
+        lines = ["\t".join(COLUMNS), *("\t".join(row[column] for column in COLUMNS) for row in self.rows)]
+        (self.root / "participants.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {
+            "name": "planted",
+            "root": str(self.root),
+            "table": "participants.tsv",
+            "subject": "subject",
+            "image": "T1/{file}.nii.gz",
+            "labels": "seg/{file}.nii.gz",
+            "covariates": {
+                "age": {"kind": "continuous", "unit": "years", "range": [18, 100]},
+                "sex": {"kind": "categorical", "levels": ["F", "M"]},
+            },
+            "missing_covariate": "error",
+            "split": {"column": "split"},
+            **changes,
+        }
+
+
+def _plant(root: Path) -> tuple[Planted, set[tuple[str, str]]]:
+    """Write the cohort; return it with the (kind, where) of every fault in it."""
+    cohort = Planted(root)
+    expected = set()
+
+    def in_file(kind: str, name: str, folder: str = "T1", **files) -> None:
+        cohort.add(name, **files)
+        expected.add((kind, f"{folder}/{name}.nii.gz"))
+
+    def in_row(kind: str, name: str, **cells) -> None:
+        expected.add((kind, cohort.add(name, **cells)))
+
+    nan = _volume(100)
+    nan[0, 0, 0] = np.nan
+    flipped = np.diag([-1.0, 1, 1, 1])
+    ct = _volume(101) * 10
+    ct[:3] = -1024
+    in_file("not-finite", "with_nan", array=nan)
+    in_file("constant-image", "constant", array=np.full(SHAPE, 7, np.float32))
+    plain = np.ones(SHAPE, np.uint8)
+    in_file("wrong-dimensions", "series", array=_volume(102, (*SHAPE, 7)), labels=plain)
+    in_file("wrong-dimensions", "two_echoes", array=_volume(103, (*SHAPE, 2)), labels=plain)
+    in_file("wrong-dimensions", "slice", array=_volume(104, (10, 11, 1)), labels=plain)
+    in_file("wrong-dimensions", "two_maps", "seg", labels=np.ones((*SHAPE, 2), np.uint8))
+    in_file("spacing", "thick", affine=np.diag([1.0, 1, 3, 1]))
+    in_file("intensity", "ct", array=ct)
+    in_file("labels-shape", "small_labels", "seg", labels=np.ones((4, 4, 4), np.uint8))
+    in_file("labels-affine", "moved_labels", "seg", labels_affine=flipped)
+    in_file("labels-values", "soft_labels", "seg", labels=np.full(SHAPE, 0.5, np.float32))
+
+    in_file("unreadable", "truncated")
+    content = cohort.image("truncated").read_bytes()
+    cohort.image("truncated").write_bytes(content[: len(content) // 2])
+    in_file("unreadable", "no_nifti")
+    cohort.image("no_nifti").write_bytes(gzip.compress(b"not a scan" * 50))
+    in_file("missing-file", "absent")
+    cohort.image("absent").unlink()
+    in_file("sform-qform", "two_forms")
+    image = nib.load(cohort.image("two_forms"))
+    image.set_qform(flipped, code=1)
+    image.set_sform(np.eye(4), code=1)
+    nib.save(nib.Nifti1Image(_volume(105), None, image.header), cohort.image("two_forms"))
+    in_file("singular-affine", "flat")
+    header = nib.load(cohort.image("flat")).header
+    header["sform_code"], header["srow_z"] = 1, 0
+    nib.save(nib.Nifti1Image(_volume(106), None, header), cohort.image("flat"))
+    for name, age in (("copy_a", "61"), ("copy_b", "62")):
+        in_file("identical-image", name, array=_volume(107), age=age)
+
+    in_row("duplicate-id", "twice", file="twice_1")
+    in_row("duplicate-id", "twice", file="twice_2")
+    in_row("unsafe-id", "a b", file="a_b")
+    in_row("subject-in-two-splits", "leak_1", subject="leak", split="train")
+    in_row("subject-in-two-splits", "leak_2", subject="leak", split="valid")
+    in_row("unknown-split", "strange_split", split="holdout")
+    in_row("missing-covariate", "no_age", age="n/a")
+    in_row("covariate-not-numeric", "word_age", age="63 years")
+    in_row("covariate-out-of-range", "old", age="300")
+    in_row("covariate-unknown-level", "third_sex", sex="X")
+    in_row("missing-value", "no_file", file="")
+    in_row("path-escape", "up", file="../../secret")
+    in_row("path-escape", "absolute", file="/etc/passwd")
+    in_row("path-escape", "folder", file="T1/x")
+    return cohort, expected
+
+
+def test_report_names_every_planted_fault_with_kind_and_place(tmp_path):
+    cohort, expected = _plant(tmp_path)
+    _save(tmp_path / "T1" / "stray.nii.gz", _volume(1))
+    config = cohort.config()
+    config["covariates"] |= {"scanner": {"kind": "categorical"}}
+    config["split"] = {"column": "split"}
+    report = check_cohort(config, progress=False)
+
+    expected.add(("covariate-constant", "data.covariates.scanner"))
+    assert {(fault.kind, fault.where) for fault in report.faults} == expected
+    assert all(fault.reason and fault.remedy for fault in report.faults)
+    assert ("file-without-row", "T1/stray.nii.gz") in {(w.kind, w.where) for w in report.warnings}
+    assert report.cohort is None
+    with pytest.raises(LdmError) as error:
+        report.raise_for_policy()
+    for kind, where in expected:
+        assert kind in str(error.value)
+        assert where in str(error.value)
+    assert len(json.loads(json.dumps(report.to_dict()))["faults"]) == len(report.faults)
+
+
+def test_leave_out_drops_exactly_the_affected_rows(tmp_path):
+    cohort, _ = _plant(tmp_path)
+    report = check_cohort(cohort.config(faults="leave_out"), progress=False)
+    report.raise_for_policy()
+    assert [record.id for record in report.cohort.records] == CLEAN
+    planted = {row["participant_id"] for row in cohort.rows} - set(CLEAN)
+    assert planted - set(report.facts["left_out"]) == set()
+    assert not set(CLEAN) & set(report.facts["left_out"])
+
+
+def test_clean_cohort_passes_and_a_fault_of_the_whole_always_stops(tmp_path):
+    cohort = Planted(tmp_path)
+    report = check_cohort(cohort.config(), progress=False)
+    report.raise_for_policy()
+    assert report.faults == ()
+    assert [warning.kind for warning in report.warnings] == ["no-test-split"]
+    assert report.facts["splits"] == {"train": 10, "valid": 2, "test": 0}
+    assert report.facts["shape_max"] == [1, *SHAPE]
+    assert report.render().endswith("No faults.")
+
+    empty = check_cohort(cohort.config(split={"column": "late"}, faults="leave_out"), progress=False)
+    assert [fault.kind for fault in empty.faults] == ["empty-split"]
+    assert empty.cohort is None
+    with pytest.raises(LdmError, match="no record is left in the valid split"):
+        empty.raise_for_policy()
+
+    covariates = {"weight": {"kind": "continuous"}, "agee": {"kind": "continuous"}}
+    unknown = check_cohort(cohort.config(covariates=covariates, faults="leave_out"), progress=False)
+    assert [fault.kind for fault in unknown.faults] == ["unknown-column"] * 2
+    assert "Did you mean 'age'" in unknown.render()
+
+
+def test_copies_that_agree_leave_the_first(tmp_path):
+    cohort = Planted(tmp_path)
+    shutil.copy(cohort.image("clean03"), cohort.image("clean04"))
+    cohort.rows[4] |= {"age": cohort.rows[3]["age"], "sex": cohort.rows[3]["sex"]}
+    report = check_cohort(cohort.config(faults="leave_out"), progress=False)
+    assert report.facts["left_out"] == ["clean04"]
+
+
+def test_level_that_training_lacks_is_a_fault_of_the_row(tmp_path):
+    cohort = Planted(tmp_path)
+    cohort.add("other", sex="X", split="valid")
+    config = cohort.config(covariates={"sex": {"kind": "categorical"}}, faults="leave_out")
+    report = check_cohort(config, progress=False)
+    assert [(fault.kind, fault.record) for fault in report.faults] == [("covariate-unknown-level", "other")]
+    assert [record.id for record in report.cohort.records] == CLEAN
+
+
+def test_forms_of_different_spaces_only_warn_and_resampling_accepts_any_spacing(tmp_path):
+    cohort = Planted(tmp_path)
+    image = nib.load(cohort.image("clean00"))
+    moved = np.eye(4)
+    moved[:3, 3] = 20
+    image.set_qform(moved, code=1)
+    image.set_sform(np.eye(4), code=4)
+    nib.save(nib.Nifti1Image(_volume(1), None, image.header), cohort.image("clean00"))
+    cohort.add("thick", affine=np.diag([1.0, 1, 3, 1]))
+    report = check_cohort(cohort.config(spacing_mm=2.0), progress=False)
+    assert report.faults == ()
+    assert ("sform-qform", "T1/clean00.nii.gz") in {(w.kind, w.where) for w in report.warnings}
+
+
+def test_channels_lie_on_one_grid(tmp_path):
+    cohort = Planted(tmp_path)
+    for index, name in enumerate(CLEAN):
+        _save(tmp_path / "T2" / f"{name}.nii.gz", _volume(200 + index, (5, 5, 5) if index == 2 else SHAPE))
+    config = cohort.config(image={"t1": "T1/{file}.nii.gz", "t2": "T2/{file}.nii.gz"})
+    faults = check_cohort(config, progress=False).faults
+    assert [(fault.kind, fault.where) for fault in faults] == [("channels-shape", "T2/clean02.nii.gz")]
+
+
+def test_pictures_and_arrays(tmp_path):
+    rows = ["participant_id\tfile"]
+    for index in range(10):
+        pixels = _volume(index, (16, 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"p{index}.png")
+        rows.append(f"p{index}\tp{index}.png")
+    cut = (tmp_path / "p0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    Image.fromarray(_volume(20, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "rgb.png")
+    _save(tmp_path / "volume.nii.gz", _volume(21))
+    np.savez(tmp_path / "good.npz", images=_volume(22, (2, 16, 16)))
+    archive = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(archive[: len(archive) // 2])
+    (tmp_path / "bad_crc.npz").write_bytes(archive[:300] + b"\x00\x01\x02" + archive[303:])
+    rows += [f"x{i}\t{name}" for i, name in enumerate(("cut.png", "rgb.png", "volume.nii.gz"))]
+    (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    config = {
+        "root": str(tmp_path),
+        "table": "t.tsv",
+        "image": "{file:path}",
+        "spatial_dims": 2,
+        "intensity": {"kind": "window", "lower": 0, "upper": 255},
+    }
+    found = {(fault.kind, fault.where) for fault in check_cohort(config, progress=False).faults}
+    assert found == {
+        ("unreadable", "cut.png"),
+        ("wrong-dimensions", "rgb.png"),
+        ("wrong-dimensions", "volume.nii.gz"),
+    }
+
+    for name in ("cut.npz", "bad_crc.npz"):
+        faults = check_cohort(config | {"image": name + "::images[{row}]"}, progress=False).faults
+        assert {fault.kind for fault in faults} >= {"unreadable"}
+    faults = check_cohort(config | {"image": "good.npz::images[{row}]"}, progress=False).faults
+    assert {fault.where for fault in faults if fault.kind == "unreadable"} == {
+        f"good.npz::images[{row}]" for row in range(2, 13)
+    }
+
+
+def test_unchanged_files_come_from_the_cache(tmp_path, monkeypatch):
+    cohort = Planted(tmp_path / "data")
+    cache = tmp_path / "cache"
+    first = check_cohort(cohort.config(), cache, progress=False)
+    assert first.facts["from_cache"] == 0
+    again = check_cohort(cohort.config(), cache, progress=False)
+    assert again.facts["from_cache"] == again.facts["files"] == 24
+    assert again.cohort == first.cohort
+
+    broken = _volume(1)
+    broken[0, 0, 0] = np.inf
+    _save(cohort.image("clean05"), broken)
+    changed = check_cohort(cohort.config(), cache, progress=False)
+    assert changed.facts["from_cache"] == 23
+    assert [fault.where for fault in changed.faults] == ["T1/clean05.nii.gz"]
+
+    (cache / "checks.json").write_text("{", encoding="utf-8")
+    assert check_cohort(cohort.config(), cache, progress=False).facts["from_cache"] == 0
