@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
+from ldm.commands.run import plain
 from ldm.commands.sample import draw, load_model
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.datamodule import CohortDataModule
@@ -58,7 +59,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "reconstruction": reconstruction(model, real, value_range),
         "diversity": diversity(model, real, rows, samples, config.n, repeated, value_range),
     }
-    instrument = find_instrument(config.data.get("instrument"), datamodule.preprocessing)
+    instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
     pictures(model, real, rows, samples, asked, folder / "figures", value_range)
@@ -157,11 +158,7 @@ def fidelity(
 
 
 def _pairs(rows, measured, name) -> tuple[list[float], list[float]]:
-    pairs = [
-        (row[name], values[name])
-        for row, values in zip(rows, measured, strict=True)
-        if row.get(name) is not None
-    ]
+    pairs = [(row[name], values[name]) for row, values in zip(rows, measured, strict=True) if row.get(name) is not None]
     return [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
 
 
@@ -169,9 +166,7 @@ def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple
     """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
     shown = min(SHOWN, len(real), len(samples))
     figures.mosaic(real[:shown], folder / "real.png", [describe(row) for row in rows[:shown]], value_range)
-    figures.mosaic(
-        samples[:shown], folder / "samples.png", [describe(row) for row in asked[:shown]], value_range
-    )
+    figures.mosaic(samples[:shown], folder / "samples.png", [describe(row) for row in asked[:shown]], value_range)
 
 
 def training_curves(config: DictConfig) -> dict[str, Path]:

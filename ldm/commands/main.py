@@ -22,6 +22,7 @@ VERBS = {
     "check": "read every file of a cohort and report all faults",
     "train-vae": "train the first stage",
     "train-ldm": "train the diffusion model on the first stage's latents",
+    "train-segmenter": "train the network that measures volumes in images",
     "sample": "draw images with asked covariates",
     "evaluate": "measure samples against what was asked, and write a report",
 }
@@ -33,7 +34,7 @@ logger = logging.getLogger("ldm")
 def main() -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:]
-    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<17}{text}" for verb, text in VERBS.items())
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE.format(verbs=verbs))
         raise SystemExit(0 if arguments else 2)

@@ -28,9 +28,7 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
-        raise LdmError(
-            f"'{error.override}' does not parse: {error}. Quote values with spaces or braces."
-        ) from error
+        raise LdmError(f"'{error.override}' does not parse: {error}. Quote values with spaces or braces.") from error
     groups = [override for override in parsed if (conf_dir / override.key_or_group).is_dir()]
     for override in groups:
         _check_options(conf_dir, override)
@@ -71,9 +69,7 @@ def _check_key(config: DictConfig, key: str) -> None:
         if part not in node:
             hint = nearest(key, _all_keys(config)) or nearest(part, map(str, node))
             raise LdmError(f"There is no setting '{key}'.{hint} `--cfg job` prints all settings.")
-        node = (
-            None if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) else node[part]
-        )
+        node = None if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) else node[part]
 
 
 def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:

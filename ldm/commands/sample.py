@@ -87,9 +87,7 @@ def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, A
         return [dict(row) for row in plain(covariates)]
     path = Path(str(covariates))
     if not path.is_file():
-        raise LdmError(
-            f"covariates={covariates}: there is no such table. Give a TSV or CSV file, or {{age: 70}}."
-        )
+        raise LdmError(f"covariates={covariates}: there is no such table. Give a TSV or CSV file, or {{age: 70}}.")
     table = read_table(path)
     known = [name for name in table.columns if name in model.schema.names]
     if not known:
@@ -97,9 +95,7 @@ def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, A
     return [{name: row[name] for name in known if row[name] is not None} for row in table.rows]
 
 
-def mosaic_of(
-    model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path
-) -> Path:
+def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
     """A picture of written samples, as a viewer would show the files."""
     shown = [read(path, spatial_dims=model.preprocessing.spatial_dims).array for path in paths]
     titles = [describe(row) for row in rows[: len(shown)]]

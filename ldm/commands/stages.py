@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from ldm.commands.run import plain
@@ -38,7 +39,9 @@ def grid_multiple(config: DictConfig) -> int:
 
 def prepared(datamodule: CohortDataModule) -> CohortDataModule:
     """Check, preprocess and open the cohort outside a trainer."""
-    datamodule.prepare_data()
+    datamodule.cache_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{datamodule.cache_dir}.lock"):  # ranks that start together: one prepares, the others wait
+        datamodule.prepare_data()
     datamodule.setup()
     return datamodule
 

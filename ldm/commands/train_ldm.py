@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 from rich.progress import track
 
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
 from ldm.data.datamodule import CohortDataModule
+from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instrument
-from ldm.latents.cache import PosteriorCache, StaleCacheError, cache_folder, write_cache
+from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel
@@ -96,13 +98,9 @@ def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule) ->
         LdmError: naming what differs.
     """
     ours, theirs = datamodule.preprocessing.to_dict(), first_stage.preprocessing.to_dict()
-    differing = [
-        name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]
-    ]
+    differing = [name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]]
     if differing:
-        what = "; ".join(
-            f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing
-        )
+        what = "; ".join(f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing)
         raise LdmError(f"The first stage was trained on images prepared otherwise. {what}.")
 
 
@@ -111,19 +109,19 @@ def posterior_cache(
 ) -> PosteriorCache:
     """The posteriors of a split, encoded now if they are not there yet (by the first process only)."""
     augmented = split == "train" and config.ldm.latents.variants > 1
+    data = plain(config.data)
+    label_classes = LabelClasses.from_config(data["label_names"]) if config.ldm.latents.labels else None
     encoder = CohortEncoder(
         first_stage.network,
         datamodule.dataset(split),
         datamodule.schema,
         datamodule.augmentation,
         variants=config.ldm.latents.variants if augmented else 1,
-        num_labels=0,
+        label_classes=label_classes,
         spacing=datamodule.spacing,
         value_range=datamodule.preprocessing.value_range,
         seed=config.seed,
-        device=torch.device(
-            "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
-        ),
+        device="cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu",
     )
     key = {
         "first_stage": first_stage.sha256,
@@ -131,24 +129,21 @@ def posterior_cache(
         "cohort": datamodule.cohort.split_hash,
         "split": split,
         "schema": datamodule.schema.to_dict(),
-        "augment": plain(config.data.augment) if augmented else None,
+        "augment": data["augment"] if augmented else None,
+        "labels": None if label_classes is None else label_classes.values,
         "variants": encoder.variants,
         "seed": config.seed if augmented else None,
         "dtype": config.ldm.latents.dtype,
     }
     folder = cache_folder(Path(config.runs_dir) / datamodule.cohort.name / "latents", key)
-    try:
-        return PosteriorCache(folder, key)
-    except StaleCacheError:
-        raise
-    except LdmError:
-        encode(encoder, folder, key, datamodule, first_stage, config.ldm.latents.dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # ranks that start together: one encodes, the others wait
+        if not folder.is_dir():
+            encode(encoder, folder, key, datamodule, first_stage, config.ldm.latents.dtype)
     return PosteriorCache(folder, key)
 
 
-def encode(
-    encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: FirstStage, dtype: str
-) -> None:
+def encode(encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: FirstStage, dtype: str) -> None:
     """Write the cache, with a progress bar."""
     encoder.first_stage.to(encoder.device)
     factor = first_stage.network.downsampling_factor
@@ -157,7 +152,8 @@ def encode(
     def items(start: int):
         return track(encoder.items(start), f"encoding {key['split']}", total=len(encoder), completed=start)
 
-    write_cache(folder, key, items, len(encoder), shape, dtype=dtype)
+    channels = 0 if encoder.label_classes is None else len(encoder.label_classes)
+    write_cache(folder, key, items, len(encoder), shape, channels, dtype)
 
 
 def build_model(
@@ -204,5 +200,5 @@ def sample_panels(config: DictConfig, datamodule: CohortDataModule, run_dir: Pat
     """Fixed-seed samples at covariates of held-out subjects."""
     records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
     rows = [dict(record.covariates) for record in records]
-    measure = find_instrument(config.data.get("instrument"), datamodule.preprocessing)
+    measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     return SamplePanels(run_dir, rows, config.ldm.val_steps, measure)

@@ -64,16 +64,12 @@ class CovariateConditioner(nn.Module):
     ) -> None:
         super().__init__()
         if mode not in MODES:
-            raise LdmError(
-                f"condition.mode '{mode}' is unknown; legal: {', '.join(MODES)}.{nearest(mode, MODES)}"
-            )
+            raise LdmError(f"condition.mode '{mode}' is unknown; legal: {', '.join(MODES)}.{nearest(mode, MODES)}")
         for name, rate in (("drop_rate", drop_rate), ("drop_all_rate", drop_all_rate)):
             if not 0 <= rate <= 1:
                 raise LdmError(f"condition.{name} is a probability, got {rate}; legal: 0 to 1.")
         if not levels:
-            raise LdmError(
-                "A covariate conditioner needs at least one covariate; name some in data.covariates."
-            )
+            raise LdmError("A covariate conditioner needs at least one covariate; name some in data.covariates.")
         self.levels = tuple(int(count) for count in levels)
         self.mode = mode
         self.drop_rate, self.drop_all_rate = drop_rate, drop_all_rate
@@ -134,12 +130,8 @@ class _Token(nn.Module):
         if levels:
             self.embed = nn.Embedding(levels, dim)
         else:
-            self.register_buffer(
-                "frequencies", torch.pi * 2.0 ** torch.arange(num_frequencies), persistent=False
-            )
-            self.embed = nn.Sequential(
-                nn.Linear(1 + 2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
-            )
+            self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(num_frequencies), persistent=False)
+            self.embed = nn.Sequential(nn.Linear(1 + 2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, value: Tensor) -> Tensor:
         given = ~value.isnan()  # (B,)
@@ -165,9 +157,7 @@ def _columns(value: Tensor, levels: int) -> Tensor:
     return torch.where(value.isnan()[:, None], torch.nan, one_hot)
 
 
-def build_conditioner(
-    levels: Sequence[int], config: Mapping, embedding_dim: int
-) -> CovariateConditioner | None:
+def build_conditioner(levels: Sequence[int], config: Mapping, embedding_dim: int) -> CovariateConditioner | None:
     """The covariate conditioner that a ``condition`` section describes; None when there is nothing to condition on.
 
     Args:

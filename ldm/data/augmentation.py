@@ -52,9 +52,7 @@ class Augmentation:
         legal = [item.name for item in fields(cls)]
         for key in config or {}:
             if key not in legal:
-                raise LdmError(
-                    f"data.augment: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}."
-                )
+                raise LdmError(f"data.augment: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
         return cls(**{key: value for key, value in (config or {}).items() if value is not None})
 
     @property
@@ -93,11 +91,7 @@ class Augmentation:
             angles = math.radians(self.rotate) * _uniform(3 if ndim == 3 else 1, generator)
             theta = _theta(image.shape[1:], s, shift, angles, spacing)
             image = _moved(image - background, theta, "bilinear") + background
-            labels = (
-                labels
-                if labels is None
-                else _moved(labels[None].float(), theta, "nearest")[0].to(labels.dtype)
-            )
+            labels = labels if labels is None else _moved(labels[None].float(), theta, "nearest")[0].to(labels.dtype)
         image, labels = self._flipped(image, labels, generator)
         return self._recoloured(image, background, value_range, generator), labels, s
 
@@ -122,9 +116,7 @@ class Augmentation:
     ) -> torch.Tensor:
         if self.gamma:
             if value_range is None:
-                raise LdmError(
-                    "data.augment.gamma: z-scored images have no range to take a power in; set it to 0."
-                )
+                raise LdmError("data.augment.gamma: z-scored images have no range to take a power in; set it to 0.")
             power = (1 + self.gamma) ** _uniform(1, generator).item()
             span = value_range[1] - background
             image = ((image - background) / span).clamp(0, 1) ** power * span + background

@@ -69,9 +69,7 @@ class VolumeCache:
     def arrays(self) -> dict[str, np.ndarray]:
         """``images`` and ``labels``, read-only."""
         names = ("images", "labels") if self._labels else ("images",)
-        return {
-            name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
-        }
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "arrays"}
@@ -160,9 +158,7 @@ def _signatures(records: Sequence[Record]) -> list[list[Any]]:
         try:
             stat = path.stat()
         except OSError as error:
-            raise LdmError(
-                f"{path}: cannot be read ({error.strerror}). Check data.root and data.image."
-            ) from error
+            raise LdmError(f"{path}: cannot be read ({error.strerror}). Check data.root and data.image.") from error
         signatures.append([str(path), stat.st_size, stat.st_mtime_ns])
     return signatures
 
@@ -215,9 +211,7 @@ def _fill(
     def store(row: int) -> None:
         image, _ = preprocessing.load(records[row])
         if index["dtype"] == "float16" and np.abs(image).max() > np.finfo(np.float16).max:
-            raise LdmError(
-                f"record '{records[row].id}': too large for float16; set data.cache_dtype=float32."
-            )
+            raise LdmError(f"record '{records[row].id}': too large for float16; set data.cache_dtype=float32.")
         stored[row] = image
         if stored_labels is not None:
             stored_labels[row] = preprocessing.load_labels(records[row])

@@ -270,13 +270,9 @@ def _inspect_header(path: Path) -> FileFacts:
         sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         return FileFacts("unreadable", f"cannot be read as NIfTI ({_first_line(error)})")
-    determinant = (
-        float(np.linalg.det(nifti.affine[:3, :3])) if np.isfinite(nifti.affine).all() else float("nan")
-    )
+    determinant = float(np.linalg.det(nifti.affine[:3, :3])) if np.isfinite(nifti.affine).all() else float("nan")
     if not abs(determinant) > 1e-9:
-        return FileFacts(
-            "singular-affine", f"the affine has determinant {determinant:g}: voxels have no size"
-        )
+        return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:
         return FileFacts()
     shift = _corner_shift(nifti.shape, sform[0], qform[0])
@@ -321,9 +317,7 @@ def _wrong_dimensions(shape: tuple[int, ...], spatial_dims: int, role: str) -> s
     return None
 
 
-def _inspect_pixels(
-    array: np.ndarray, path: Path, role: str, recipe: IntensityRecipe
-) -> tuple[str | None, str]:
+def _inspect_pixels(array: np.ndarray, path: Path, role: str, recipe: IntensityRecipe) -> tuple[str | None, str]:
     finite = np.isfinite(array)
     if not finite.all():
         return "not-finite", f"{array.size - int(finite.sum())} of {array.size} pixels are NaN or infinite"
@@ -420,9 +414,7 @@ def _unlike_cohort(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
     return faults
 
 
-def _unlike_channels(
-    draft: Draft, refs: Sequence[tuple[Record, str]], files: Mapping[str, FileFacts]
-) -> list[Fault]:
+def _unlike_channels(draft: Draft, refs: Sequence[tuple[Record, str]], files: Mapping[str, FileFacts]) -> list[Fault]:
     counts = Counter(files[ref].shape[0] for _, ref in refs)
     if len(counts) < 2:
         return []
@@ -441,9 +433,7 @@ def _unlike_channels(
     ]
 
 
-def _unlike_spacing(
-    draft: Draft, refs: Sequence[tuple[Record, str]], files: Mapping[str, FileFacts]
-) -> list[Fault]:
+def _unlike_spacing(draft: Draft, refs: Sequence[tuple[Record, str]], files: Mapping[str, FileFacts]) -> list[Fault]:
     counts = Counter(files[ref].spacing for _, ref in refs if files[ref].spacing is not None)
     if len(counts) < 2:
         return []
@@ -483,9 +473,7 @@ def _identical(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
         for record in records[1:] if alike else records if len(records) > 1 else ():
             other = next(other for other in records if other is not record)
             reason = f"the same pixels as '{other.id}' ({_shown(draft, other.images[channel])})"
-            faults.append(
-                Fault(_shown(draft, record.images[channel]), "identical-image", reason, remedy, record.id)
-            )
+            faults.append(Fault(_shown(draft, record.images[channel]), "identical-image", reason, remedy, record.id))
     return faults
 
 

@@ -247,9 +247,7 @@ def draft_cohort(data_cfg: Mapping[str, Any] | DictConfig) -> Draft:
 
     draft = Draft(config, root, CovariateSchema.from_config(config["covariates"]))
     draft.templates = _file_templates(config)
-    table = (
-        read_table(table_path) if table_path else table_from_files(root, next(iter(draft.templates.values())))
-    )
+    table = read_table(table_path) if table_path else table_from_files(root, next(iter(draft.templates.values())))
     _Reader(draft, table).read()
     return draft
 
@@ -285,9 +283,7 @@ class _Reader:
         if self.draft.faults:
             return
 
-        ids = [
-            self._text(id_, row, place) for row, place in zip(self.table.rows, self.table.places, strict=True)
-        ]
+        ids = [self._text(id_, row, place) for row, place in zip(self.table.rows, self.table.places, strict=True)]
         subjects = [
             None if key is None else self._text(subject, row, place, key)
             for row, place, key in zip(self.table.rows, self.table.places, ids, strict=True)
@@ -336,9 +332,7 @@ class _Reader:
     def _splits(self, ids: Sequence[str | None], subjects: Sequence[str | None]) -> dict[str, str]:
         settings = self.config["split"]
         if settings["column"] is None:
-            return split_subjects(
-                {who for who in subjects if who is not None}, settings["seed"], settings["fractions"]
-            )
+            return split_subjects({who for who in subjects if who is not None}, settings["seed"], settings["fractions"])
         found: dict[str, set[str]] = defaultdict(set)
         for row, place, key, who in zip(self.table.rows, self.table.places, ids, subjects, strict=True):
             word = row[settings["column"]]
@@ -351,15 +345,11 @@ class _Reader:
         for place, key, who in zip(self.table.places, ids, subjects, strict=True):
             if len(found.get(who, ())) > 1:
                 reason = f"subject '{who}' is in several splits: {', '.join(sorted(found[who]))}"
-                self._fault(
-                    place, "subject-in-two-splits", reason, "put all rows of a subject into one split", key
-                )
+                self._fault(place, "subject-in-two-splits", reason, "put all rows of a subject into one split", key)
         return {who: min(splits) for who, splits in found.items()}
 
     def _add_record(self, row: Row, place: str, key: str, who: str, splits: Mapping[str, str]) -> None:
-        paths = {
-            name: self._text(template, row, place, key) for name, template in self.draft.templates.items()
-        }
+        paths = {name: self._text(template, row, place, key) for name, template in self.draft.templates.items()}
         covariates = {name: self._covariate(name, row, place, key) for name in self.draft.schema.names}
         if who not in splits or any(path is None for path in paths.values()):
             return
@@ -376,9 +366,7 @@ class _Reader:
                 value = covariate.levels[covariate.level_index(value)]
         except LdmError as error:
             kind = "covariate-not-numeric" if covariate.kind == "continuous" else "covariate-unknown-level"
-            self._fault(
-                place, kind, str(error), "correct the cell, or write n/a when it is not known", record
-            )
+            self._fault(place, kind, str(error), "correct the cell, or write n/a when it is not known", record)
             return None
         if value is None:
             self._missing_covariate(name, place, record)
@@ -404,9 +392,7 @@ class _Reader:
             groups[record.id.casefold()].append(record)
             if not _SAFE_ID.fullmatch(record.id) or record.id.endswith("."):
                 reason = f"id '{record.id}' is not safe as a file name"
-                remedy = (
-                    "use letters, digits and _ . + = @ - only, at most 200, beginning with a letter or digit"
-                )
+                remedy = "use letters, digits and _ . + = @ - only, at most 200, beginning with a letter or digit"
                 self._fault(record.place, "unsafe-id", reason, remedy, record.id)
             if not record.subject.isprintable():
                 reason = f"subject {record.subject!r} holds control characters"
@@ -455,9 +441,7 @@ def assemble(draft: Draft, affected: Collection[str]) -> tuple[Cohort | None, li
         gone = {fault.record for fault in unknown}
         records = [record for record in records if record.id not in gone]
         if gone:
-            faults = [fault for fault in faults if fault.kind != "empty-split"] + _empty_splits(
-                draft, records
-            )
+            faults = [fault for fault in faults if fault.kind != "empty-split"] + _empty_splits(draft, records)
     warnings = [*_no_test_split(records), *_outside_fitted(draft, schema, records)]
     seed = draft.config["split"]["seed"] if draft.config["split"]["column"] is None else None
     cohort = Cohort(draft.name, draft.root, tuple(records), schema, seed)
@@ -490,9 +474,7 @@ def _constant(covariate: Covariate, rows: Sequence[Mapping[str, Value]]) -> Faul
         return None
     kind = "covariate-constant" if given else "covariate-empty"
     reason = (
-        f"'{covariate.name}' is {next(iter(given))} in every training row"
-        if given
-        else "no training row has a value"
+        f"'{covariate.name}' is {next(iter(given))} in every training row" if given else "no training row has a value"
     )
     remedy = "a model can learn nothing from it: take it out of data.covariates, or give more subjects"
     return Fault(f"data.covariates.{covariate.name}", kind, reason, remedy)
@@ -574,10 +556,7 @@ def _one_of(value: Any, legal: Sequence[Any], where: str) -> None:
 def _check_fractions(fractions: Mapping[str, float]) -> None:
     _known_keys(fractions, dict.fromkeys(SPLITS), "data.split.fractions")
     values = list(fractions.values())
-    if (
-        not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
-        or abs(sum(values) - 1) > 1e-6
-    ):
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-6:
         raise LdmError(f"data.split.fractions is {dict(fractions)}; fractions lie in 0..1 and sum to 1")
 
 

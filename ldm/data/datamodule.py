@@ -179,14 +179,10 @@ class CohortDataModule(L.LightningDataModule):
             # stays as it is; one that was made with other settings is an error.
             from ldm.data.simulated import generate
 
-            generate(
-                Path(self.config["root"]).expanduser(), progress=self.progress, **self.config["simulate"]
-            )
+            generate(Path(self.config["root"]).expanduser(), progress=self.progress, **self.config["simulate"])
         self._read_cohort(self.progress)
         if self.config["cache"]:
-            build_cache(
-                *self._cache_arguments(), num_workers=max(1, self.num_workers), progress=self.progress
-            )
+            build_cache(*self._cache_arguments(), num_workers=max(1, self.num_workers), progress=self.progress)
 
     def setup(self, stage: str | None = None) -> None:
         """Open in this process what `prepare_data` prepared."""
@@ -214,9 +210,7 @@ class CohortDataModule(L.LightningDataModule):
             raise LdmError(f"cohort '{self.cohort.name}' has no test split; see data.split.")
         return self._loader(dataset, shuffle=False)
 
-    def dataset(
-        self, split: str, augment: bool = False, patch_size: Sequence[int] | None = None
-    ) -> CohortDataset:
+    def dataset(self, split: str, augment: bool = False, patch_size: Sequence[int] | None = None) -> CohortDataset:
         """Items of ``train``, ``valid``, ``test`` or ``all`` records, whole and unchanged by default."""
         self._expect_setup()
         legal = ("train", "valid", "test", "all")

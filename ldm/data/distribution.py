@@ -64,11 +64,7 @@ class CovariateDistribution:
                 frequencies[covariate.name] = _frequencies(covariate, codes)
                 score, variance = _level_scores(frequencies[covariate.name], codes)
             else:
-                values = [
-                    covariate.number(row[covariate.name])
-                    for row in rows
-                    if row.get(covariate.name) is not None
-                ]
+                values = [covariate.number(row[covariate.name]) for row in rows if row.get(covariate.name) is not None]
                 quantiles[covariate.name] = _smoothed_quantiles(values)
                 score, variance = _normal_scores(codes), 1.0
             scores.append(score)
@@ -81,10 +77,7 @@ class CovariateDistribution:
         values, vectors = np.linalg.eigh(self.correlation)
         uniform = ndtr(normal @ (vectors * np.sqrt(np.clip(values, 0.0, None))).T)
         return [
-            {
-                covariate.name: self._quantile(covariate, u)
-                for covariate, u in zip(self.schema, row, strict=True)
-            }
+            {covariate.name: self._quantile(covariate, u) for covariate, u in zip(self.schema, row, strict=True)}
             for row in uniform
         ]
 

@@ -76,9 +76,7 @@ def parse(text: str, columns: Iterable[str], where: str) -> Expression:
     if text in known:
         return Expression(text, (text,), ("column", text))
     if len(text) > MAX_LENGTH:
-        raise LdmError(
-            f"{where}: the expression has {len(text)} characters; at most {MAX_LENGTH} are allowed"
-        )
+        raise LdmError(f"{where}: the expression has {len(text)} characters; at most {MAX_LENGTH} are allowed")
     parser = _Parser(text, where)
     tree = parser.expression()
     parser.finish()
@@ -86,8 +84,7 @@ def parse(text: str, columns: Iterable[str], where: str) -> Expression:
     for name in names:
         if name not in known:
             raise LdmError(
-                f"{where}: the table has no column '{name}'.{nearest(name, known)} "
-                f"Columns: {', '.join(known)}"
+                f"{where}: the table has no column '{name}'.{nearest(name, known)} Columns: {', '.join(known)}"
             )
     return Expression(text, names, tree)
 

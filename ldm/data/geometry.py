@@ -65,9 +65,7 @@ class Geometry:
         """
         ndim = len(original_shape)
         if original_affine is None and (orientation is not None or spacing is not None):
-            raise LdmError(
-                "orientation and spacing_mm need an affine; set both to null for images without one."
-            )
+            raise LdmError("orientation and spacing_mm need an affine; set both to null for images without one.")
         if shape is not None and len(shape) != ndim:
             raise LdmError(f"shape {list(shape)} has {len(shape)} axes, but the images have {ndim}.")
         planned = cls(
@@ -110,9 +108,7 @@ class Geometry:
             return None
         affine = np.array(self.original_affine)
         change = self._orientation_change
-        return (
-            affine if change is None else affine @ nib.orientations.inv_ornt_aff(change, self.original_shape)
-        )
+        return affine if change is None else affine @ nib.orientations.inv_ornt_aff(change, self.original_shape)
 
     @cached_property
     def _ratio(self) -> tuple[float, ...]:
@@ -183,9 +179,7 @@ class Geometry:
     @staticmethod
     def _expect(array: np.ndarray, shape: tuple[int, ...]) -> None:
         if array.shape[1:] != shape:
-            raise LdmError(
-                f"an array of shape {array.shape} does not lie on the grid (C, {_text(shape, ', ')})."
-            )
+            raise LdmError(f"an array of shape {array.shape} does not lie on the grid (C, {_text(shape, ', ')}).")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe description; `from_dict` restores it exactly."""
@@ -220,14 +214,10 @@ def smallest_shape(shapes: Iterable[Sequence[int]], multiple: int | Sequence[int
     """The smallest legal shape (each axis a multiple) that holds every one of ``shapes``."""
     largest = np.max(list(shapes), axis=0)
     factors = per_axis(multiple, len(largest))
-    return tuple(
-        math.ceil(int(size) / factor) * factor for size, factor in zip(largest, factors, strict=True)
-    )
+    return tuple(math.ceil(int(size) / factor) * factor for size, factor in zip(largest, factors, strict=True))
 
 
-def check_shape(
-    shape: Sequence[int], multiple: int | Sequence[int], name: str = "data.shape"
-) -> tuple[int, ...]:
+def check_shape(shape: Sequence[int], multiple: int | Sequence[int], name: str = "data.shape") -> tuple[int, ...]:
     """Return ``shape`` if each axis is a positive multiple, else raise LdmError with the nearest sizes."""
     factors = per_axis(multiple, len(shape))
     hints = []
@@ -235,9 +225,7 @@ def check_shape(
         if size < 1 or size % factor:
             below, above = size // factor * factor, -(-size // factor) * factor
             legal = [str(legal) for legal in dict.fromkeys((below, above)) if legal > 0] or [str(factor)]
-            hints.append(
-                f"axis {axis}: {size} is not a multiple of {factor}, nearest legal: {' or '.join(legal)}"
-            )
+            hints.append(f"axis {axis}: {size} is not a multiple of {factor}, nearest legal: {' or '.join(legal)}")
     if hints:
         raise LdmError(f"{name}: {_text(shape)} does not suit the networks. {'; '.join(hints)}.")
     return tuple(int(size) for size in shape)

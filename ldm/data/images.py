@@ -136,13 +136,9 @@ def write(path: str | Path, image: nib.Nifti1Image | np.ndarray) -> Path:
         ".png",
         ".npy",
     ):
-        raise LdmError(
-            f"{path}: cannot hold this image. Volumes go to .nii or .nii.gz, pictures to .png or .npy."
-        )
+        raise LdmError(f"{path}: cannot hold this image. Volumes go to .nii or .nii.gz, pictures to .png or .npy.")
     if suffix == ".png" and not (image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
-        raise LdmError(
-            f"{path}: PNG holds uint8 (H, W) or (H, W, 3), not {image.dtype} {image.shape}. Write .npy."
-        )
+        raise LdmError(f"{path}: PNG holds uint8 (H, W) or (H, W, 3), not {image.dtype} {image.shape}. Write .npy.")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
     os.close(handle)
@@ -281,8 +277,7 @@ def _nifti_slice(path: Path, array: np.ndarray, affine: np.ndarray, selector: st
     axis, index = PLANES[match[1]], int(match[2])
     if index >= ras.shape[axis + 1]:
         raise LdmError(
-            f"{path}{SEPARATOR}{selector}: there is no such slice; "
-            f"{match[1]} runs from 0 to {ras.shape[axis + 1] - 1}."
+            f"{path}{SEPARATOR}{selector}: there is no such slice; {match[1]} runs from 0 to {ras.shape[axis + 1] - 1}."
         )
     return _upright(np.take(ras, index, axis=axis + 1))
 
@@ -302,9 +297,7 @@ def _upright(plane: np.ndarray) -> np.ndarray:
 
 def _read_picture(path: Path, selector: str | None) -> Image:
     if selector is not None:
-        raise LdmError(
-            f"{path}{SEPARATOR}{selector}: a picture has no selector; remove '{SEPARATOR}{selector}'."
-        )
+        raise LdmError(f"{path}{SEPARATOR}{selector}: a picture has no selector; remove '{SEPARATOR}{selector}'.")
     pixels, mode = _attempt(path, "a PNG, JPEG or TIFF picture", lambda: _picture_pixels(path))
     array = pixels[None] if mode in _GREY_MODES else np.moveaxis(pixels, -1, 0)
     facts = {"path": str(path), "format": "picture", "dtype": str(pixels.dtype), "mode": mode}
@@ -315,9 +308,7 @@ def _picture_pixels(path: Path) -> tuple[np.ndarray, str]:
     try:
         with PIL.Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
             if getattr(picture, "n_frames", 1) != 1:
-                raise LdmError(
-                    f"{path}: has {picture.n_frames} frames; store one picture a file, or a NIfTI volume."
-                )
+                raise LdmError(f"{path}: has {picture.n_frames} frames; store one picture a file, or a NIfTI volume.")
             if picture.mode not in (*_GREY_MODES, "RGB"):
                 raise LdmError(
                     f"{path}: has colour mode '{picture.mode}'. Only grey and RGB are read, and nothing is "
@@ -341,9 +332,7 @@ def _read_numpy(path: Path, selector: str | None, spatial_dims: int | None) -> I
     )
     if row is not None:
         if stored.ndim == 0 or row >= len(stored):
-            raise LdmError(
-                f"{path}{SEPARATOR}{selector}: there is no row {row}; the array has shape {stored.shape}."
-            )
+            raise LdmError(f"{path}{SEPARATOR}{selector}: there is no row {row}; the array has shape {stored.shape}.")
         stored = stored[row]
     if packed:
         if stored.dtype != np.uint8:
@@ -381,8 +370,7 @@ def _load_numpy(path: str, mtime_ns: int, size: int, key: str | None) -> np.ndar
     with archive:
         if key not in archive.files:
             raise LdmError(
-                f"{path}: has no array '{key}'.{nearest(key, archive.files)} "
-                f"It holds: {', '.join(archive.files)}."
+                f"{path}: has no array '{key}'.{nearest(key, archive.files)} It holds: {', '.join(archive.files)}."
             )
         return _numeric(path, archive[key])
 
@@ -406,7 +394,5 @@ def _channel_first(name: str, array: np.ndarray, spatial_dims: int | None) -> np
     if array.ndim == spatial_dims:
         return array[None]
     if array.shape[0] > 4 >= array.shape[-1]:
-        raise LdmError(
-            f"{name}: has shape {array.shape}, which looks channel-last. Store it channel-first, (C, H, W)."
-        )
+        raise LdmError(f"{name}: has shape {array.shape}, which looks channel-last. Store it channel-first, (C, H, W).")
     return array

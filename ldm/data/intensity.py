@@ -48,8 +48,7 @@ class IntensityRecipe:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise LdmError(
-                f"data.intensity.kind: unknown '{self.kind}'.{nearest(self.kind, KINDS)} "
-                f"Legal: {', '.join(KINDS)}."
+                f"data.intensity.kind: unknown '{self.kind}'.{nearest(self.kind, KINDS)} Legal: {', '.join(KINDS)}."
             )
         lower, upper = _DEFAULT_LIMITS.get(self.kind, (None, None))
         set_field = object.__setattr__  # the dataclass is frozen; only its own set-up may fill in defaults
@@ -57,15 +56,11 @@ class IntensityRecipe:
         set_field(self, "upper", _number("upper", upper if self.upper is None else self.upper))
         set_field(self, "range", _checked_range(self.range))
         if self.kind == "window" and (self.lower is None or self.upper is None):
-            raise LdmError(
-                "data.intensity: a window needs 'lower' and 'upper', e.g. -1000 and 400 HU for lung CT."
-            )
+            raise LdmError("data.intensity: a window needs 'lower' and 'upper', e.g. -1000 and 400 HU for lung CT.")
         if self.lower is not None and self.upper is not None and not self.lower < self.upper:
             raise LdmError(f"data.intensity: lower {self.lower:g} must be below upper {self.upper:g}.")
         if self.kind == "percentile" and not 0 <= self.lower < self.upper <= 100:
-            raise LdmError(
-                f"data.intensity: percentiles {self.lower:g} and {self.upper:g} must lie in 0..100."
-            )
+            raise LdmError(f"data.intensity: percentiles {self.lower:g} and {self.upper:g} must lie in 0..100.")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> IntensityRecipe:
@@ -73,9 +68,7 @@ class IntensityRecipe:
         legal = [item.name for item in fields(cls)]
         for key in config or {}:
             if key not in legal:
-                raise LdmError(
-                    f"data.intensity: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}."
-                )
+                raise LdmError(f"data.intensity: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
         return cls(**dict(config or {}))
 
     @property
@@ -107,9 +100,7 @@ class IntensityRecipe:
         if self.kind != "window":
             return array
         a, b = self.range
-        return ((array.astype(np.float64) - a) / (b - a) * (self.upper - self.lower) + self.lower).astype(
-            np.float32
-        )
+        return ((array.astype(np.float64) - a) / (b - a) * (self.upper - self.lower) + self.lower).astype(np.float32)
 
     def background(self, array: np.ndarray) -> float:
         """Value for padding an image to which the recipe was applied: the lowest value there is."""
@@ -170,16 +161,12 @@ def _looks_like_ct(array: np.ndarray, low: float, high: float) -> bool:
 
 
 def _number(key: str, value: Any) -> float | None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)
-    ):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)):
         raise LdmError(f"data.intensity.{key}: '{value}' is not a number.")
     return None if value is None else float(value)
 
 
 def _checked_range(value: Sequence[float]) -> tuple[float, float]:
     if len(value) != 2 or not -math.inf < value[0] < value[1] < math.inf:
-        raise LdmError(
-            f"data.intensity.range: {list(value)} must be two numbers, low then high, e.g. [0, 1]."
-        )
+        raise LdmError(f"data.intensity.range: {list(value)} must be two numbers, low then high, e.g. [0, 1].")
     return float(value[0]), float(value[1])

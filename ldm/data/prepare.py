@@ -71,9 +71,7 @@ def hippocampus_table(root: Path, table: Path) -> None:
     for path in sorted((root / "labelsTr").glob("hippocampus_*.nii.gz")):
         labels = images.read(path)
         voxel = abs(np.linalg.det(labels.affine[:3, :3]))
-        volumes = [
-            round(float(np.sum(labels.array == value) * voxel), 1) for value in HIPPOCAMPUS_LABELS.values()
-        ]
+        volumes = [round(float(np.sum(labels.array == value) * voxel), 1) for value in HIPPOCAMPUS_LABELS.values()]
         rows.append((path.name.removesuffix(".nii.gz"), *volumes, *labels.array.shape[1:]))
     if not rows:
         raise LdmError(f"{root / 'labelsTr'}: holds no hippocampus_*.nii.gz; the archive is not MSD Task04")
@@ -86,9 +84,7 @@ def mednist(root: Path, table: Path) -> None:
 
     folder = root / "images64"
     if not any(folder.glob("*/*.jpeg")):
-        _download(
-            MedNISTDataset.resource, MedNISTDataset.md5, ".tar.gz", MedNISTDataset.dataset_folder_name, folder
-        )
+        _download(MedNISTDataset.resource, MedNISTDataset.md5, ".tar.gz", MedNISTDataset.dataset_folder_name, folder)
     mednist_table(folder, table)
 
 
@@ -109,9 +105,7 @@ def mednist_table(folder: Path, table: Path, per_class: int = MEDNIST_PER_CLASS,
         chosen = list(_without_copies(files, seen, per_class))
         valid, test = (round(MEDNIST_FRACTIONS[split] * len(chosen)) for split in ("valid", "test"))
         splits = ["valid"] * valid + ["test"] * test + ["train"] * (len(chosen) - valid - test)
-        rows += [
-            (f"{name}/{path.name}", name, label, split) for path, split in zip(chosen, splits, strict=True)
-        ]
+        rows += [(f"{name}/{path.name}", name, label, split) for path, split in zip(chosen, splits, strict=True)]
     if not rows:
         raise LdmError(f"{folder}: holds no <class>/*.jpeg; the archive is not MedNIST")
     write_table(table, ("file", "class", "label", "split"), sorted(rows))

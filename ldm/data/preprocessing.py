@@ -138,17 +138,12 @@ class Preprocessing:
         Raises LdmError naming the file when it cannot be read or does not fit the recipe.
         """
         self._expect_fitted()
-        stored = {
-            name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()
-        }
+        stored = {name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()}
         _expect_one_grid(record.id, {name: _header(image) for name, image in stored.items()})
-        channels = [
-            (channel, f"{record.images[name]}") for name, image in stored.items() for channel in image.array
-        ]
+        channels = [(channel, f"{record.images[name]}") for name, image in stored.items() for channel in image.array]
         if len(channels) != len(self.channels):
             raise LdmError(
-                f"record '{record.id}': has {len(channels)} channels, "
-                f"the model has {', '.join(self.channels)}."
+                f"record '{record.id}': has {len(channels)} channels, the model has {', '.join(self.channels)}."
             )
         geometry = self._plan(_header(next(iter(stored.values()))))
         scaled = [self.intensity.apply(channel, name) for channel, name in channels]
@@ -250,10 +245,7 @@ class Preprocessing:
             raise LdmError("the preprocessing has no shape yet; call fit(records) first.")
 
     def _headers(self, record: Record) -> dict[str, images.Header]:
-        headers = {
-            name: images.read_header(ref, spatial_dims=self.spatial_dims)
-            for name, ref in record.images.items()
-        }
+        headers = {name: images.read_header(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()}
         _expect_one_grid(record.id, headers)
         for ref, header in zip(record.images.values(), headers.values(), strict=True):
             if len(header.shape) != self.spatial_dims + 1:
@@ -262,9 +254,7 @@ class Preprocessing:
                     f"{self.spatial_dims}. Select a slice with '::axial[k]' to use a volume as 2-D."
                 )
             if header.affine is None and (self.orientation or self.spacing):
-                raise LdmError(
-                    f"{ref}: has no affine; set data.orientation and data.spacing_mm to null or use NIfTI."
-                )
+                raise LdmError(f"{ref}: has no affine; set data.orientation and data.spacing_mm to null or use NIfTI.")
         return headers
 
     def _plan(self, header: images.Header) -> Geometry:

@@ -34,11 +34,7 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         count = len(self.dataset)
         # A sequence as seed is hashed, so that (seed 0, epoch 1) and (seed 1, epoch 0) are unrelated.
-        order = (
-            np.random.default_rng((self.seed, self.epoch)).permutation(count)
-            if self.shuffle
-            else np.arange(count)
-        )
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(count) if self.shuffle else np.arange(count)
         yield from np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist()
 
     def set_epoch(self, epoch: int) -> None:

@@ -94,9 +94,7 @@ class Covariate:
         for index, level in enumerate(self.levels):
             if number is not None and _as_number(level) == number:
                 return index
-        raise LdmError(
-            f"covariate '{self.name}' has no level '{text}'.{nearest(text, self.levels)} {self._legal()}"
-        )
+        raise LdmError(f"covariate '{self.name}' has no level '{text}'.{nearest(text, self.levels)} {self._legal()}")
 
     def fit(self, values: Sequence[Value]) -> Covariate:
         """Fill in a range or levels that were not configured, from the training split's values.
@@ -110,9 +108,7 @@ class Covariate:
         if self.fitted:
             return self
         if not given:
-            raise LdmError(
-                f"covariate '{self.name}': no training subject has a value, so nothing can be fitted"
-            )
+            raise LdmError(f"covariate '{self.name}': no training subject has a value, so nothing can be fitted")
         if self.kind == "categorical":
             return replace(self, levels=tuple(sorted({str(value) for value in given}, key=_level_order)))
         return replace(self, range=outward([self.number(value) for value in given]))
@@ -192,8 +188,7 @@ class CovariateSchema:
     def __getitem__(self, name: str) -> Covariate:
         if name not in self._covariates:
             raise LdmError(
-                f"there is no covariate '{name}'.{nearest(name, self.names)} "
-                f"Known: {', '.join(self.names) or 'none'}"
+                f"there is no covariate '{name}'.{nearest(name, self.names)} Known: {', '.join(self.names) or 'none'}"
             )
         return self._covariates[name]
 
@@ -209,9 +204,7 @@ class CovariateSchema:
     def fit(self, rows: Iterable[Mapping[str, Value]]) -> CovariateSchema:
         """Return a schema with ranges and levels, fitted on the training ``rows`` where not given."""
         table = list(rows)
-        return CovariateSchema(
-            covariate.fit([row.get(covariate.name) for row in table]) for covariate in self
-        )
+        return CovariateSchema(covariate.fit([row.get(covariate.name) for row in table]) for covariate in self)
 
     def encode(self, row: Mapping[str, Value]) -> np.ndarray:
         """Encode one row as a float32 vector of shape ``(K,)``.
@@ -236,9 +229,7 @@ class CovariateSchema:
         codes = np.asarray(vector, dtype=np.float64)
         if codes.shape != (len(self),):
             raise LdmError(f"a covariate vector has shape ({len(self)},), not {codes.shape}")
-        return {
-            covariate.name: covariate.decode(float(code)) for covariate, code in zip(self, codes, strict=True)
-        }
+        return {covariate.name: covariate.decode(float(code)) for covariate, code in zip(self, codes, strict=True)}
 
     def out_of_range(self, row: Mapping[str, Value]) -> list[str]:
         """Return a warning for each continuous value that lies outside its covariate's range."""

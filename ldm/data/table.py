@@ -59,9 +59,7 @@ def read_table(path: Path) -> Table:
             f"{path}: no such table; set data.table, or null to take the rows from the file names"
         ) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise LdmError(
-            f"{path}: cannot be read as a table ({str(error).strip()}); save it as UTF-8 text"
-        ) from error
+        raise LdmError(f"{path}: cannot be read as a table ({str(error).strip()}); save it as UTF-8 text") from error
     lines = [tuple(text.strip() for text in line) for line in frame.itertuples(index=False, name=None)]
     columns = lines[0]
     _check_columns(path, columns, separator)
@@ -88,8 +86,7 @@ def table_from_files(root: Path, template: Template) -> Table:
     unknown = [column for column in template.columns if column not in found]
     if unknown:
         raise LdmError(
-            f"{template.where}: without a table, {{{unknown[0]}}} can only come from a file's path, "
-            "not from a selector"
+            f"{template.where}: without a table, {{{unknown[0]}}} can only come from a file's path, not from a selector"
         )
     rows = tuple({**template.row_of(name), "row": str(index)} for index, name in enumerate(names))
     return Table(template.text, template.columns, rows, tuple(names))
@@ -103,13 +100,8 @@ def _check_columns(path: Path, columns: tuple[str, ...], separator: str) -> None
             raise LdmError(f"{path}: column '{column}' stands twice in the header line")
     other = next((text for text in ("\t", ";", ",") if text != separator and text in columns[0]), None)
     if len(columns) == 1 and other:
-        raise LdmError(
-            f"{path}: the header is one column, '{columns[0]}'; separate columns with {separator!r}"
-        )
+        raise LdmError(f"{path}: the header is one column, '{columns[0]}'; separate columns with {separator!r}")
 
 
 def _row(columns: tuple[str, ...], line: tuple[str, ...]) -> Row:
-    return {
-        column: None if text.casefold() in MISSING else text
-        for column, text in zip(columns, line, strict=True)
-    }
+    return {column: None if text.casefold() in MISSING else text for column, text in zip(columns, line, strict=True)}

@@ -54,15 +54,11 @@ class Template:
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise LdmError(
-                f"{where}: '{text}' is not a template ({error}); write columns as {{name}}"
-            ) from error
+            raise LdmError(f"{where}: '{text}' is not a template ({error}); write columns as {{name}}") from error
         parts = []
         for literal, column, form, conversion in pieces:
             if conversion or (form or "") not in FORMS or column == "":
-                raise LdmError(
-                    f"{where}: '{text}' holds more than {{column}}, {{column:path}} or {{column:stem}}"
-                )
+                raise LdmError(f"{where}: '{text}' holds more than {{column}}, {{column:path}} or {{column:stem}}")
             parts.append((literal, column, form or ""))
         template = cls(text, where, tuple(parts))
         # "x" stands in for each column: the literal parts alone must not form ".." or an absolute path.

@@ -42,9 +42,7 @@ def guided(denoise_many: DenoiseMany, conditions: Sequence[Any], weights: Sequen
         raise LdmError(
             f"Guidance needs one weight a condition, summing to 1; got {list(weights)} for {len(conditions)}."
         )
-    terms = [
-        (condition, weight) for condition, weight in zip(conditions, weights, strict=True) if weight != 0
-    ]
+    terms = [(condition, weight) for condition, weight in zip(conditions, weights, strict=True) if weight != 0]
     kept_conditions = [condition for condition, _ in terms]
     kept_weights = [weight for _, weight in terms]
 

@@ -19,9 +19,7 @@ from ldm.errors import LdmError
 _MT19937_WORDS = slice(24, 24 + 624 * 8)
 
 
-def generators(
-    seed: int, indices: Sequence[int], device: torch.device | str = "cpu"
-) -> list[torch.Generator]:
+def generators(seed: int, indices: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """One generator for each sample of a run.
 
     Args:

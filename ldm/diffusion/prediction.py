@@ -64,9 +64,7 @@ def target(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Level, sigma: L
     return _over(p, x0) * x0 + _over(q, eps) * eps
 
 
-def to_prediction(
-    prediction_type: str, output: Tensor, x_t: Tensor, alpha: Level, sigma: Level
-) -> Prediction:
+def to_prediction(prediction_type: str, output: Tensor, x_t: Tensor, alpha: Level, sigma: Level) -> Prediction:
     """Read a network output as a statement about ``x0`` and ``eps``.
 
     Solves ``x_t = alpha x0 + sigma eps`` and ``output = p x0 + q eps`` by Cramer's rule.

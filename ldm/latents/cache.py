@@ -78,9 +78,7 @@ class PosteriorCache(Dataset):
         self._mean = np.load(self.folder / "mean.npy", mmap_mode="r", allow_pickle=False)
         self._std = np.load(self.folder / "std.npy", mmap_mode="r", allow_pickle=False)
         condition = self.folder / "condition.npy"
-        self._condition = (
-            np.load(condition, mmap_mode="r", allow_pickle=False) if condition.is_file() else None
-        )
+        self._condition = np.load(condition, mmap_mode="r", allow_pickle=False) if condition.is_file() else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -209,9 +207,7 @@ def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
     differing = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
     if differing:
         what = "; ".join(f"{name} is {stored.get(name)}, expected {wanted.get(name)}" for name in differing)
-        raise StaleCacheError(
-            f"The posterior cache in {folder} was made from something else: {what}. Remove it."
-        )
+        raise StaleCacheError(f"The posterior cache in {folder} was made from something else: {what}. Remove it.")
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
@@ -219,4 +215,4 @@ def _canonical(key: Mapping[str, Any]) -> str:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(array, dtype=np.float32))
+    return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: the file is read-only

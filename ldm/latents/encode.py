@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ldm.data.augmentation import Augmentation
+from ldm.data.labels import LabelClasses
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion.noise import step_generator
 from ldm.latents.cache import CacheItem
@@ -31,7 +32,7 @@ class CohortEncoder:
         schema: corrects the covariates of scaled anatomy.
         augmentation: of the variants after the first.
         variants: encoded versions of each image.
-        num_labels: number of label values that travel as condition, 0 for none.
+        label_classes: the classes of label maps that travel along as condition, or None.
         spacing: voxel size in mm, for rotations.
         value_range: intensity range of the images.
     """
@@ -41,12 +42,12 @@ class CohortEncoder:
     schema: CovariateSchema
     augmentation: Augmentation
     variants: int = 1
-    num_labels: int = 0
+    label_classes: LabelClasses | None = None
     spacing: tuple[float, ...] | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
     seed: int = 0
     batch_size: int = 4
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     def __len__(self) -> int:
         return self.variants * len(self.dataset)
@@ -77,28 +78,27 @@ class CohortEncoder:
     @torch.no_grad()
     def _encode(self, items: list[Mapping[str, Any]]) -> Iterator[CacheItem]:
         images = torch.stack([item["image"] for item in items]).to(self.device)  # (B, C, *S)
-        with autocast(self.device):
+        with autocast(torch.device(self.device)):
             means, stds = self.first_stage.encode(images)  # (B, c, *s) each
         for item, mean, std in zip(items, means.float().cpu(), stds.float().cpu(), strict=True):
             condition = None
-            if self.num_labels:
-                condition = label_fractions(item["labels"], self.num_labels, tuple(mean.shape[1:]))
-            yield CacheItem(
-                mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], condition
-            )
+            if self.label_classes is not None:
+                classes = self.label_classes.classes(item["labels"])  # (*S)
+                condition = label_fractions(classes, len(self.label_classes), tuple(mean.shape[1:]))
+            yield CacheItem(mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], condition)
 
 
-def label_fractions(labels: Tensor, num_labels: int, size: tuple[int, ...]) -> Tensor:
-    """Share of each label in every cell of the latent grid.
+def label_fractions(classes: Tensor, num_classes: int, size: tuple[int, ...]) -> Tensor:
+    """Share of each class in every cell of the latent grid.
 
     Args:
-        labels: ``(*S)`` integers below ``num_labels``.
-        num_labels: L, background included.
+        classes: ``(*S)`` class indices below ``num_classes``.
+        num_classes: L, background included.
         size: latent grid.
 
     Returns:
-        ``(L, *size)`` in [0, 1], summing to one over labels.
+        ``(L, *size)`` in [0, 1], summing to one over classes.
     """
-    one_hot = torch.movedim(F.one_hot(labels.long(), num_labels), -1, 0).float()  # (L, *S)
-    pool = F.adaptive_avg_pool3d if labels.ndim == 3 else F.adaptive_avg_pool2d
+    one_hot = torch.movedim(F.one_hot(classes.long(), num_classes), -1, 0).float()  # (L, *S)
+    pool = F.adaptive_avg_pool3d if classes.ndim == 3 else F.adaptive_avg_pool2d
     return pool(one_hot, size)

@@ -27,13 +27,9 @@ class LatentSpace(nn.Module):
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         if mean.shape != std.shape or mean.ndim != 1:
-            raise LdmError(
-                f"Latent statistics need one value a channel, got {tuple(mean.shape)}, {tuple(std.shape)}."
-            )
+            raise LdmError(f"Latent statistics need one value a channel, got {tuple(mean.shape)}, {tuple(std.shape)}.")
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            raise LdmError(
-                "Latent statistics are not finite: the first stage produces NaN or Inf; train it again."
-            )
+            raise LdmError("Latent statistics are not finite: the first stage produces NaN or Inf; train it again.")
         if (std <= 1e-6).any():
             dead = ", ".join(str(int(channel)) for channel in (std <= 1e-6).nonzero())
             raise LdmError(

@@ -38,7 +38,5 @@ def construct(cls: type, settings: Mapping[str, Any], where: str) -> Any:
     legal = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     for name in settings:
         if name not in legal:
-            raise LdmError(
-                f"{where}.{name} is not a setting.{nearest(name, legal)} Legal: {', '.join(legal)}."
-            )
+            raise LdmError(f"{where}.{name} is not a setting.{nearest(name, legal)} Legal: {', '.join(legal)}.")
     return cls(**settings)

@@ -98,18 +98,14 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     """Load a state dict that has to fit exactly; the error lists what is missing, unexpected or of another shape."""
     own = module.state_dict()
     faults = [f"missing: {name} {tuple(own[name].shape)}" for name in sorted(own.keys() - tensors.keys())]
-    faults += [
-        f"unexpected: {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - own.keys())
-    ]
+    faults += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - own.keys())]
     faults += [
         f"shape: {name} is {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the network"
         for name in sorted(own.keys() & tensors.keys())
         if own[name].shape != tensors[name].shape
     ]
     if faults:
-        shown = "\n  ".join(faults[:12]) + (
-            f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else ""
-        )
+        shown = "\n  ".join(faults[:12]) + (f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else "")
         raise LdmError(f"{path} does not fit the network that its header describes:\n  {shown}")
     module.load_state_dict(dict(tensors))
 
@@ -143,15 +139,11 @@ def load_matching(module: nn.Module, tensors: Mapping[str, Tensor], path: str | 
         LdmError: nothing fits at all.
     """
     own = module.state_dict()
-    fitting = {
-        name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape
-    }
+    fitting = {name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise LdmError(f"No tensor of {path} fits this network; init_from needs a model of the same kind.")
     module.load_state_dict(fitting, strict=False)
     left = sorted(own.keys() - fitting.keys())
     if left:
-        logger.warning(
-            "%d of %d tensors keep their random start: %s ...", len(left), len(own), ", ".join(left[:4])
-        )
+        logger.warning("%d of %d tensors keep their random start: %s ...", len(left), len(own), ", ".join(left[:4]))
     return left

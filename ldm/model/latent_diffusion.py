@@ -223,9 +223,7 @@ class LatentDiffusionModel(nn.Module):
         for start in range(0, len(rows), batch_size):
             part, numbers = list(rows[start : start + batch_size]), list(indices[start : start + batch_size])
             with torch.no_grad(), autocast(self.device, precision):
-                images = self.decode(
-                    self.sample_latents(self.encode_covariates(part), seed, numbers, settings)
-                )
+                images = self.decode(self.sample_latents(self.encode_covariates(part), seed, numbers, settings))
             yield Samples(images.float().cpu().numpy(), [dict(row) for row in part], numbers)
 
     def encode_covariates(self, rows: Sequence[CovariateRow]) -> Tensor:
@@ -253,10 +251,7 @@ class LatentDiffusionModel(nn.Module):
         many = x.repeat(count, *(1,) * (x.ndim - 1))  # (count * B, C, *S)
         t = torch.full((len(many),), step.t, device=x.device)
         output = self.network(many, t, values)  # (count * B, C, *S)
-        return [
-            to_prediction(self.prediction_type, part, x, step.alpha, step.sigma)
-            for part in output.chunk(count)
-        ]
+        return [to_prediction(self.prediction_type, part, x, step.alpha, step.sigma) for part in output.chunk(count)]
 
     @torch.no_grad()
     def decode(self, scaled: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class ConditionalDenoiser(nn.Module):
             "spatial_dims": len(size),
             "latent_channels": latent_channels,
             "plane_channels": 0 if self.conditioner is None else self.conditioner.plane_channels,
-            "context_dim": None
-            if self.conditioner is None
-            else self.conditioner.context_dim(condition["dim"]),
+            "context_dim": None if self.conditioner is None else self.conditioner.context_dim(condition["dim"]),
             "embedding": mode == "adaptive_norm",
             "adaptive_norm": mode == "adaptive_norm",
         }

@@ -58,9 +58,7 @@ def write_samples(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = [f"sub-{index + 1:06d}" for index in range(len(rows))]
-    record = json.loads(
-        json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True)
-    )
+    record = json.loads(json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True))
     _expect_same_request(out, record)
     _write_text(out / PROVENANCE, json.dumps(record, indent=1))
     paths = [image_paths(model, out, name) for name in names]

@@ -31,9 +31,7 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
     other = LatentDiffusionModel.load(path)
     ours, theirs = model.header["condition"]["mode"], other.header["condition"]["mode"]
     if ours != theirs:
-        raise LdmError(
-            f"ldm.init_from {path} conditions by '{theirs}', this model by '{ours}': set them alike."
-        )
+        raise LdmError(f"ldm.init_from {path} conditions by '{theirs}', this model by '{ours}': set them alike.")
     if model.latent_shape[0] != other.latent_shape[0]:
         raise LdmError(
             f"ldm.init_from {path} diffuses {other.latent_shape[0]} latent channels, this model {model.latent_shape[0]}."
@@ -87,9 +85,7 @@ def map_covariates(
     mode = model.header["condition"]["mode"]
     if mode == "adaptive_norm":
         width = own["conditioner.merge.0.weight"].shape[0]
-        blocks = [
-            (slice(h * width, (h + 1) * width), slice(t * width, (t + 1) * width)) for h, t in positions
-        ]
+        blocks = [(slice(h * width, (h + 1) * width), slice(t * width, (t + 1) * width)) for h, t in positions]
         _columns(mapped, own, "conditioner.merge.0.weight", blocks)
     if mode in ("concat", "hybrid"):
         channels = model.latent_shape[0]

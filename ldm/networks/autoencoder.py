@@ -61,9 +61,7 @@ class AutoencoderKL(MonaiAutoencoderKL):
         if stem == "auto":
             stem = "haar" if spatial_dims == 3 else "none"
         if stem not in STEMS:
-            raise LdmError(
-                f"stem '{stem}' is unknown; legal: auto, {', '.join(STEMS)}.{nearest(stem, STEMS)}"
-            )
+            raise LdmError(f"stem '{stem}' is unknown; legal: auto, {', '.join(STEMS)}.{nearest(stem, STEMS)}")
         block = 1 if stem == "none" else 2**spatial_dims
         try:
             super().__init__(

@@ -58,9 +58,7 @@ class PerceptualLoss(nn.Module):
         wanted = {name for name in self.net.state_dict() if not name.startswith("fc.")}
         missing = sorted(wanted - tensors.keys())
         if missing:
-            raise LdmError(
-                f"{path} does not hold a {spatial_dims}-D {backbone}: {missing[0]} and others are missing."
-            )
+            raise LdmError(f"{path} does not hold a {spatial_dims}-D {backbone}: {missing[0]} and others are missing.")
         self.net.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
         self.requires_grad_(False).eval()
 

@@ -37,9 +37,7 @@ class BlockStem(nn.Module):
         if kind == "space_to_depth":
             matrix = torch.eye(self.factor)
         else:  # sign of frequency f at corner c: (-1)^(f . c), the tensor product of 1-D Haar pairs
-            signs = [
-                [(-1.0) ** sum(a * b for a, b in zip(f, c, strict=True)) for c in corners] for f in corners
-            ]
+            signs = [[(-1.0) ** sum(a * b for a, b in zip(f, c, strict=True)) for c in corners] for f in corners]
             matrix = torch.tensor(signs) / self.factor**0.5
         kernel = matrix.reshape(self.factor, 1, *(2,) * spatial_dims)  # (2^n, 1, 2, 2(, 2))
         self.register_buffer("kernel", kernel, persistent=False)

@@ -70,10 +70,6 @@ def seconds(text: str) -> float:
         LdmError: another form.
     """
     if not re.fullmatch(r"\d+(:\d+){0,3}", str(text)):
-        raise LdmError(
-            f"trainer.max_time '{text}' is not a time; legal: DD:HH:MM:SS, e.g. 00:01:00:00 for an hour."
-        )
+        raise LdmError(f"trainer.max_time '{text}' is not a time; legal: DD:HH:MM:SS, e.g. 00:01:00:00 for an hour.")
     units = (1, 60, 3600, 86400)
-    return float(
-        sum(int(part) * unit for part, unit in zip(reversed(str(text).split(":")), units, strict=False))
-    )
+    return float(sum(int(part) * unit for part, unit in zip(reversed(str(text).split(":")), units, strict=False)))

@@ -37,6 +37,4 @@ class LatentDataModule(L.LightningDataModule):
 
     def _loader(self, cache: PosteriorCache, shuffle: bool) -> DataLoader:
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return DataLoader(
-            cache, self.batch_size, sampler=EpochSampler(cache, ranks, rank, self.seed, shuffle)
-        )
+        return DataLoader(cache, self.batch_size, sampler=EpochSampler(cache, ranks, rank, self.seed, shuffle))

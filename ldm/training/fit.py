@@ -84,9 +84,7 @@ def fit(
     else:
         if state is not None:
             logger.info("Going on at step %d of %s.", state["ldm"]["step"], checkpoint)
-        lightning.fit(
-            module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True
-        )
+        lightning.fit(module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True)
         if lightning.interrupted:
             raise KeyboardInterrupt
         state = None
@@ -176,9 +174,7 @@ def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_m
 def _precision(config: Mapping[str, Any]) -> str:
     if config["precision"] != "auto":
         return config["precision"]
-    wants_gpu = config["accelerator"] == "gpu" or (
-        config["accelerator"] == "auto" and torch.cuda.is_available()
-    )
+    wants_gpu = config["accelerator"] == "gpu" or (config["accelerator"] == "auto" and torch.cuda.is_available())
     return "bf16-mixed" if fast_at_bf16(torch.device("cuda" if wants_gpu else "cpu")) else "32-true"
 
 

@@ -49,9 +49,7 @@ class LatentDiffusion(StageModule):
         model.network = self.ema.module
         self._model = [model]
         self.loss = dict(loss)
-        loss_weight(
-            self.loss["weighting"], model.prediction_type, torch.zeros(1), self.loss["gamma"]
-        )  # fail early
+        loss_weight(self.loss["weighting"], model.prediction_type, torch.zeros(1), self.loss["gamma"])  # fail early
         self.log_every = log_every
         self.validation: dict[str, Any] = {}
 

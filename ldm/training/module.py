@@ -34,9 +34,7 @@ class StageModule(L.LightningModule):
         legal = ("lr", "weight_decay", "betas", "warmup_steps", "schedule", "clip_norm", "accumulate")
         for name in self.settings:
             if name not in legal:
-                raise LdmError(
-                    f"optimizer.{name} is not a setting.{nearest(name, legal)} Legal: {', '.join(legal)}."
-                )
+                raise LdmError(f"optimizer.{name} is not a setting.{nearest(name, legal)} Legal: {', '.join(legal)}.")
         if self.settings["schedule"] not in LR_SCHEDULES:
             raise LdmError(
                 f"optimizer.schedule '{self.settings['schedule']}' is unknown; legal: {', '.join(LR_SCHEDULES)}."
@@ -46,9 +44,7 @@ class StageModule(L.LightningModule):
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
         self._micro = 0  # batches since the last optimisation step
         self.budget: Budget | None = None
-        self.latest: dict[
-            str, float
-        ] = {}  # everything recorded last, for the progress bar and the model file
+        self.latest: dict[str, float] = {}  # everything recorded last, for the progress bar and the model file
 
     @property
     def step(self) -> int:

@@ -129,8 +129,5 @@ def conditioning_test(
 
 def describe(row: Mapping[str, Any]) -> str:
     """A covariate row as a short title."""
-    parts = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-    ]
+    parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()]
     return ", ".join(parts) or "unconditional"

@@ -171,12 +171,8 @@ class VAE(StageModule):
         if "adversarial" in terms:
             weights["adversarial"] = self.loss["adversarial_weight"]
             if self.loss["adversarial_adaptive"]:
-                other = sum(
-                    weights[name] * terms[name] for name in ("reconstruction", "perceptual") if name in terms
-                )
-                ratio = self._norm_at_last_layer(other) / (
-                    self._norm_at_last_layer(terms["adversarial"]) + 1e-4
-                )
+                other = sum(weights[name] * terms[name] for name in ("reconstruction", "perceptual") if name in terms)
+                ratio = self._norm_at_last_layer(other) / (self._norm_at_last_layer(terms["adversarial"]) + 1e-4)
                 weights["adversarial"] *= min(ratio, 1e4)
         return weights
 
@@ -217,17 +213,13 @@ class VAE(StageModule):
         for one, other in zip(x, reconstruction, strict=True):
             store["psnr"].append(psnr(one, other, high - low))
             store["ssim"].append(
-                float(
-                    ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low)
-                )
+                float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
             )
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))
         if len(store["panels"]) < 4:
-            store["panels"] += [
-                (one.cpu(), other.cpu()) for one, other in zip(x, reconstruction, strict=True)
-            ][:4]
+            store["panels"] += [(one.cpu(), other.cpu()) for one, other in zip(x, reconstruction, strict=True)][:4]
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, and the statistics of every latent channel."""

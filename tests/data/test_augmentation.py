@@ -20,9 +20,7 @@ def ball(shape: tuple[int, ...], radius: float, spacing: tuple[float, ...] | Non
 
 
 @pytest.mark.parametrize(("shape", "power"), [((48, 40, 44), 3), ((64, 60), 2)])
-def test_scale_changes_a_measured_volume_and_the_covariates_follow(
-    shape: tuple[int, ...], power: int
-) -> None:
+def test_scale_changes_a_measured_volume_and_the_covariates_follow(shape: tuple[int, ...], power: int) -> None:
     schema = CovariateSchema.from_config(
         {
             "age": {"kind": "continuous", "unit": "years", "range": [20, 80]},

@@ -37,9 +37,7 @@ class Planted:
         for index, name in enumerate(CLEAN):
             self.add(name, age=str(50 + index), split="valid" if index > 9 else "train")
 
-    def add(
-        self, name: str, array=None, affine=None, labels=None, labels_affine=None, file=None, **cells
-    ) -> str:
+    def add(self, name: str, array=None, affine=None, labels=None, labels_affine=None, file=None, **cells) -> str:
         """Add a row with its files; return where the report should place a fault of the row."""
         self.seed += 1
         file = name if file is None else file

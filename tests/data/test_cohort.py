@@ -323,9 +323,7 @@ def _hippocampus(root: Path, tmp_path: Path) -> Path:
 def test_hippocampus_set_passes_and_its_table_can_be_made(tmp_path):
     root = _hippocampus(tmp_path / "made", tmp_path)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        report = check_cohort(
-            compose("msd_hippocampus", overrides=[f"root={root}"]), tmp_path, progress=False
-        )
+        report = check_cohort(compose("msd_hippocampus", overrides=[f"root={root}"]), tmp_path, progress=False)
     report.raise_for_policy()
     assert report.cohort.schema.names == ("anterior_mm3", "posterior_mm3")
     record = report.cohort.records[0]

@@ -119,9 +119,7 @@ def test_training_items_depend_on_seed_epoch_and_index_alone(data_cfg: dict) -> 
         loader = ready(data_cfg, seed=3, **settings).train_dataloader()
         loader.sampler.set_epoch(epoch)
         return {
-            int(index): image
-            for batch in loader
-            for index, image in zip(batch["index"], batch["image"], strict=True)
+            int(index): image for batch in loader for index, image in zip(batch["index"], batch["image"], strict=True)
         }
 
     first = epoch_images(0)
@@ -184,9 +182,7 @@ def test_cache_is_reused_and_rebuilt_when_a_source_or_the_recipe_changes(data_cf
 
     def build(**settings):
         loads.clear()
-        return build_cache(
-            data_cfg["cache_dir"], records, settings.pop("prep", prep), progress=False, **settings
-        )
+        return build_cache(data_cfg["cache_dir"], records, settings.pop("prep", prep), progress=False, **settings)
 
     cache = build()
     assert len(loads) == N
@@ -236,9 +232,7 @@ def test_cache_limit_and_pickling(data_cfg: dict, monkeypatch) -> None:
     assert (pickle.loads(pickle.dumps(cache)).image(4) == cache.image(4)).all()
     assert 0 not in build_cache(data_cfg["cache_dir"], records, prep, limit_gb=0, progress=False)
     module = ready(data_cfg | {"cache_gb": 5.5 * one_gb})
-    assert sorted(index for batch in module.train_dataloader() for index in batch["index"].tolist()) == list(
-        range(8)
-    )
+    assert sorted(index for batch in module.train_dataloader() for index in batch["index"].tolist()) == list(range(8))
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(LdmError, match="cache_gb"):
         build_cache(data_cfg["cache_dir"], records, prep, dtype="float32", progress=False)

@@ -24,9 +24,7 @@ CONFIG = {
 }
 
 
-def record(
-    images_: dict[str, Path], labels: Path | None = None, split: str = "train", id_: str = "s1"
-) -> Record:
+def record(images_: dict[str, Path], labels: Path | None = None, split: str = "train", id_: str = "s1") -> Record:
     references = {name: str(path) for name, path in images_.items()}
     return Record(id_, id_, references, None if labels is None else str(labels), {}, split)
 
@@ -85,8 +83,7 @@ def test_a_ct_window_comes_back_in_hu(tmp_path: Path) -> None:
 
 def test_generated_volumes_land_on_the_shared_grid(tmp_path: Path) -> None:
     records = [
-        record({"T1": save(tmp_path / f"{i}.nii.gz", blob((11, 12, 13), 100 + i))}, id_=f"s{i}")
-        for i in range(3)
+        record({"T1": save(tmp_path / f"{i}.nii.gz", blob((11, 12, 13), 100 + i))}, id_=f"s{i}") for i in range(3)
     ]
     prep = Preprocessing.from_config(CONFIG, 8).fit(records)
     generated = prep.restore(np.ones(prep.image_shape, np.float32))

@@ -106,9 +106,7 @@ def test_distribution_reproduces_margins_and_dependence_and_holds_no_row():
     schema = CovariateSchema.from_config(CONFIG)
     fitted = CovariateDistribution.fit(schema, rows)
     content = json.dumps(fitted.to_dict())
-    assert not any(
-        repr(value) in content for row in rows for value in row.values() if isinstance(value, float)
-    )
+    assert not any(repr(value) in content for row in rows for value in row.values() if isinstance(value, float))
     assert all(len(values) <= len(rows) // MIN_SUBJECTS for values in fitted.quantiles.values())
 
     restored = CovariateDistribution.from_dict(json.loads(content))

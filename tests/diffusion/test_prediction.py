@@ -16,9 +16,7 @@ def x0_and_eps(shape=(3, 2, 4, 5)) -> torch.Tensor:
     return torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("epsilon", (0, 1)), ("sample", (1, 0)), ("v_prediction", (-0.8, 0.6))]
-)
+@pytest.mark.parametrize(("kind", "expected"), [("epsilon", (0, 1)), ("sample", (1, 0)), ("v_prediction", (-0.8, 0.6))])
 def test_target_is_the_formula_of_its_paper(kind, expected):
     x0, eps = x0_and_eps()
     torch.testing.assert_close(target(kind, x0, eps, 0.6, 0.8), expected[0] * x0 + expected[1] * eps)

@@ -232,14 +232,10 @@ def test_ddpm_is_diffusers(variance, theirs, prediction_type, spacing):
         clip_sample=False,
     )
     expected = diffusers_path(oracle, schedule, 12, learned_variance=variance == "learned")
-    assert_same_path(
-        trajectory("ddpm", prediction_type, schedule.grid(12, spacing), variance=variance), expected
-    )
+    assert_same_path(trajectory("ddpm", prediction_type, schedule.grid(12, spacing), variance=variance), expected)
 
 
-@pytest.mark.parametrize(
-    "spacing", ["leading", "trailing"]
-)  # for linspace diffusers' DDIM does not pair its times
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])  # for linspace diffusers' DDIM does not pair its times
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_diffusers(eta, prediction_type, spacing):
@@ -252,14 +248,10 @@ def test_ddim_is_diffusers(eta, prediction_type, spacing):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_clipped_chain_is_diffusers(prediction_type):
     schedule = SCHEDULES["linear"]
-    oracle = DDIMScheduler(
-        1000, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample_range=0.4
-    )
+    oracle = DDIMScheduler(1000, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample_range=0.4)
     expected = diffusers_path(oracle, schedule, 20, use_clipped_model_output=True)
     assert_same_path(trajectory("ddim", prediction_type, schedule.grid(20), clip=(-0.4, 0.4)), expected)
-    oracle = DDPMScheduler(
-        1000, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample_range=0.4
-    )
+    oracle = DDPMScheduler(1000, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample_range=0.4)
     expected = diffusers_path(oracle, schedule, 20)
     assert_same_path(trajectory("ddpm", prediction_type, schedule.grid(20), clip=(-0.4, 0.4)), expected)
 
@@ -328,9 +320,7 @@ def test_a_sample_comes_out_the_same_at_any_batch_size_and_order(chain):
 def test_the_last_step_draws_no_noise(chain):
     name, options = CHAINS[chain]
     streams, twin = generators(1, [0]), generators(1, [0])
-    SAMPLERS[name](
-        dummy_denoise("sample"), torch.ones(1, 1, 4, 4), SCHEDULES["linear"].grid(5), streams, **options
-    )
+    SAMPLERS[name](dummy_denoise("sample"), torch.ones(1, 1, 4, 4), SCHEDULES["linear"].grid(5), streams, **options)
     for _ in range(0 if chain == "ddim-0" else 4):
         draw(twin, (1, 4, 4))
     assert torch.equal(draw(streams, (8,)), draw(twin, (8,)))

@@ -25,9 +25,7 @@ DIFFUSERS_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine
 def diffusers_scheduler(name: str, **options) -> DDPMScheduler:
     schedule = SCHEDULES[name]
     betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end} if name != "cosine" else {}
-    return DDPMScheduler(
-        schedule.num_train_timesteps, beta_schedule=DIFFUSERS_NAMES[name], **betas, **options
-    )
+    return DDPMScheduler(schedule.num_train_timesteps, beta_schedule=DIFFUSERS_NAMES[name], **betas, **options)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

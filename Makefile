@@ -1,0 +1,44 @@
+# The front door. Every target sets up what it needs; ARGS passes Hydra overrides:
+#   make train-ldm ARGS="data=nifti data.root=DIR trainer.max_time=00:01:00:00"
+PYTHON ?= python3
+VENV ?= .venv
+LDM = $(VENV)/bin/ldm
+ARGS ?=
+
+.PHONY: help setup demo check train-vae train-ldm train-segmenter sample evaluate test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ldm needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch>=2.10"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.installed ## virtual environment with the pinned dependencies
+
+demo: $(VENV)/.installed ## simulated cohort, both stages, samples, report: at most 15 minutes on 2 CPU cores
+	$(LDM) check experiment=demo/demo
+	$(LDM) train-vae experiment=demo/demo
+	$(LDM) train-ldm experiment=demo/demo
+	$(LDM) evaluate experiment=demo/demo
+	@echo "Report: $(CURDIR)/runs/demo/evaluation/report.html"
+
+check train-vae train-ldm train-segmenter sample evaluate: $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
+	$(LDM) $@ $(ARGS)
+
+test: $(VENV)/.installed-dev ## all tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## style
+	$(VENV)/bin/ruff check ldm tests experiments
+	$(VENV)/bin/ruff format --check ldm tests experiments
+
+clean: ## remove runs and simulated cohorts (not the environment)
+	rm -rf runs data/simulated/*mm_*

@@ -1,0 +1,102 @@
+"""A small segmentation network as an instrument: it measures the volumes of structures in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.networks.nets import UNet
+from torch import nn
+
+from ldm.data.labels import LabelClasses
+from ldm.data.preprocessing import Preprocessing
+from ldm.model.file import load_strict, read_header, read_tensors, write_model
+from ldm.model.first_stage import freeze
+from ldm.model.precision import autocast
+
+KIND = "segmenter"
+
+
+def build_segmenter(config: Mapping[str, Any]) -> nn.Module:
+    """MONAI's residual U-Net.
+
+    Args:
+        config: ``spatial_dims``, ``in_channels``, ``out_channels``, ``channels`` (a level each), ``num_res_units``.
+    """
+    channels = tuple(config["channels"])
+    return UNet(
+        config["spatial_dims"],
+        config["in_channels"],
+        config["out_channels"],
+        channels,
+        strides=(2,) * (len(channels) - 1),
+        num_res_units=config["num_res_units"],
+        norm="INSTANCE",
+    )
+
+
+@dataclass
+class Segmenter:
+    """A trained segmentation network and what it was trained on.
+
+    Attributes:
+        network: ``(B, C, *S)`` -> class scores ``(B, K, *S)``.
+        config: see :func:`build_segmenter`.
+        labels: classes, background first.
+        preprocessing: how scans become its input.
+        metrics: held-out Dice and agreement of volumes.
+        facts: cohort, split hash.
+    """
+
+    network: nn.Module
+    config: Mapping[str, Any]
+    labels: LabelClasses
+    preprocessing: Preprocessing
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write ``model.safetensors`` atomically."""
+        header = {
+            "kind": KIND,
+            "network": dict(self.config),
+            "labels": {name: list(values) for name, values in self.labels.values.items()},
+            "preprocessing": self.preprocessing.to_dict(),
+            "metrics": dict(self.metrics),
+            "facts": dict(self.facts),
+        }
+        write_model(path, self.network.state_dict(), header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Segmenter:
+        """Read a file that :meth:`save` wrote; the network is frozen."""
+        header = read_header(Path(path), KIND)
+        network = build_segmenter(header["network"])
+        load_strict(network, read_tensors(Path(path)), Path(path))
+        return cls(
+            freeze(network),
+            header["network"],
+            LabelClasses.from_config(header["labels"]),
+            Preprocessing.from_dict(header["preprocessing"]),
+            header["metrics"],
+            header["facts"],
+        )
+
+    @torch.no_grad()
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """Class indices ``(*S)`` uint8 of a preprocessed image ``(C, *S)``."""
+        x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None]
+        with autocast(x.device):
+            scores = self.network(x)  # (1, K, *S)
+        return scores[0].float().argmax(0).to(torch.uint8).numpy()
+
+    def volumes(self, image: np.ndarray) -> dict[str, float]:
+        """Volume of every class in mm3 (2-D: area in pixels) in a preprocessed image ``(C, *S)``."""
+        spacing = self.preprocessing.voxel_size
+        voxel = 1.0 if spacing is None else float(np.prod(spacing))
+        counts = np.bincount(self.segment(image).ravel(), minlength=len(self.labels))
+        return {name: float(counts[index]) * voxel for index, name in enumerate(self.labels.names, 1)}

@@ -1,0 +1,89 @@
+"""Trains the segmentation network that serves as an instrument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor
+
+from ldm.data.labels import LabelClasses
+from ldm.model.segmenter import build_segmenter
+from ldm.training.module import StageModule
+
+
+class SegmenterModule(StageModule):
+    """Dice and cross-entropy on the cohort's label maps.
+
+    Args:
+        network: see :func:`ldm.model.segmenter.build_segmenter`.
+        labels: classes of the label maps.
+        optimizer: see :class:`ldm.training.module.StageModule`.
+        voxel_mm3: volume of a voxel, for the agreement of volumes.
+    """
+
+    def __init__(
+        self,
+        network: Mapping[str, Any],
+        labels: LabelClasses,
+        optimizer: Mapping[str, Any],
+        voxel_mm3: float = 1.0,
+        log_every: int = 20,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        self.network = build_segmenter(network)
+        self.labels, self.voxel_mm3, self.log_every = labels, voxel_mm3, log_every
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+        self.validation: dict[str, Any] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return self.adamw(self.network.parameters())
+
+    def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
+        """One batch of ``image`` ``(B, C, *S)`` and ``labels`` ``(B, *S)``."""
+        target = self.labels.classes(batch["labels"])  # (B, *S)
+        loss = self.loss(self.network(batch["image"]).float(), target[:, None])
+        self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["index"])
+        norms = self.step_optimizers(loss, [self.network])
+        if norms is not None and (self.step - 1) % self.log_every == 0:
+            self.record({"segmenter/train/loss": loss.detach(), "segmenter/train/grad_norm": sum(norms.values())})
+
+    def on_validation_epoch_start(self) -> None:
+        """Start collecting."""
+        self.validation = {"dice": [], "true": [], "found": []}
+
+    def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
+        """Dice and volume of every class, image by image."""
+        found = self.network(batch["image"]).argmax(1)  # (B, *S)
+        truth = self.labels.classes(batch["labels"])  # (B, *S)
+        for one, other in zip(found, truth, strict=True):
+            self.validation["dice"].append(dice_per_class(one, other, len(self.labels)))
+            for name, classes in (("found", one), ("true", other)):
+                counts = torch.bincount(classes.flatten(), minlength=len(self.labels))[1:]
+                self.validation[name].append(counts.double().cpu().numpy() * self.voxel_mm3)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean Dice and the correlation of volumes per class."""
+        dice = np.nanmean(np.array(self.validation["dice"]), axis=0)
+        true, found = np.array(self.validation["true"]), np.array(self.validation["found"])
+        metrics = {"segmenter/val/dice": float(dice.mean())}
+        for index, name in enumerate(self.labels.names):
+            metrics[f"segmenter/val/dice/{name}"] = float(dice[index])
+            if len(true) > 2 and true[:, index].std() > 0 and found[:, index].std() > 0:
+                metrics[f"segmenter/val/volume_r/{name}"] = float(np.corrcoef(true[:, index], found[:, index])[0, 1])
+        self.record(metrics, reduce=True)
+
+
+def dice_per_class(found: Tensor, truth: Tensor, num_classes: int) -> list[float]:
+    """Dice of classes 1, 2, ... of two label maps ``(*S)``; NaN for a class that neither has."""
+    scores = []
+    for index in range(1, num_classes):
+        a, b = found == index, truth == index
+        total = int(a.sum()) + int(b.sum())
+        scores.append(2 * int((a & b).sum()) / total if total else float("nan"))
+    return scores

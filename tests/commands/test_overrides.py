@@ -1,0 +1,43 @@
+"""The command line says what is wrong before anything runs."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train-va"], "There is no verb 'train-va'. Did you mean 'train-vae'?"),
+        (["train-vae", "vae.optimiser.lr=1"], "no setting 'vae.optimiser.lr'. Did you mean 'vae.optimizer.lr'?"),
+        (["train-ldm", "trainer.max_tiem=1"], "no setting 'trainer.max_tiem'. Did you mean 'trainer.max_time'?"),
+        (["sample", "step=10"], "no setting 'step'. Did you mean 'steps'?"),
+        (["check", "data=nift"], "Did you mean 'nifti'?"),
+        (["check", "data.root='unclosed"], "does not parse"),
+        (["train-vae", "+trainer.maxsteps=3", "trainer.max_steps=1"], "trainer.maxsteps is not a setting"),
+    ],
+)
+def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expected):
+    verb, *rest = arguments
+    code, text = ldm(verb, *(tiny if "+trainer.maxsteps=3" in rest else ()), *rest)
+    assert code
+    assert expected in text
+    assert "Traceback" not in text
+
+
+def test_a_missing_first_stage_says_what_to_run(ldm, tiny):
+    code, text = ldm("train-ldm", *tiny)
+    assert code
+    assert "ldm train-vae" in text
+
+
+def test_a_missing_model_says_what_to_run(ldm, tiny):
+    code, text = ldm("sample", *tiny)
+    assert code
+    assert "ldm train-ldm" in text
+
+
+@pytest.mark.parametrize("verb", ["check", "train-vae", "train-ldm", "train-segmenter", "sample", "evaluate"])
+def test_help_explains_the_verb(ldm, verb):
+    code, text = ldm(verb, "--help")
+    assert not code
+    assert f"ldm {verb}" in text
+    assert "data: " in text  # the groups

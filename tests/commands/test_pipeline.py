@@ -1,0 +1,169 @@
+"""The main job from end to end, at a size that takes seconds; and that it goes on where it stopped."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ldm.data.images import read
+from ldm.errors import LdmError
+from ldm.model.first_stage import FirstStage
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.training.logging import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cohort_root):
+    """Both stages of the small cohort, trained for a few steps through the command line."""
+    import os
+    import sys
+
+    from ldm.commands.main import main
+
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("runs")
+    common = (f"data.root={cohort_root}", "data.n=30", "data.spacing_mm=8.0", f"runs_dir={folder}", *TINY)
+    before, argv = os.getcwd(), sys.argv
+    os.chdir(folder)
+    try:
+        for verb in ("train-vae", "train-ldm"):
+            sys.argv = ["ldm", verb, *common, "trainer.max_steps=12", "trainer.val_every=6"]
+            main()
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return folder, common
+
+
+def test_run_folders_hold_what_they_should(trained):
+    folder, _ = trained
+    for stage in ("vae", "ldm"):
+        run = folder / "simulated" / stage
+        for name in ("config.yaml", "metrics.jsonl", "last.ckpt", "model.safetensors", "figures/curves.png"):
+            assert (run / name).is_file(), name
+        torch.load(run / "last.ckpt", weights_only=True)  # plain tensors, numbers and dicts only
+    assert not any("first_stage" in name for name in torch.load(run / "last.ckpt", weights_only=True)["state_dict"])
+    metrics = read_metrics(folder / "simulated/vae/metrics.jsonl")
+    for name in ("train/loss", "train/kl", "train/weight/kl", "train/grad_last_layer/reconstruction", "val/psnr",
+                 "val/ssim", "val/latent_std/0"):
+        assert f"vae/{name}" in metrics, name
+    metrics = read_metrics(folder / "simulated/ldm/metrics.jsonl")
+    for name in ("train/loss", "val/loss", "val/loss_bin/9", "val/response/age", "val/slope/ventricles_mm3"):
+        assert f"ldm/{name}" in metrics, name
+
+
+def test_one_file_is_enough_and_the_latents_are_scaled(trained):
+    folder, _ = trained
+    model = LatentDiffusionModel.load(folder / "simulated/ldm/model.safetensors")
+    assert model.header["first_stage_sha256"] == FirstStage.load(folder / "simulated/vae/model.safetensors").sha256
+    assert model.schema.names == ("age", "sex", "ventricles_mm3", "brain_mm3")
+    caches = list((folder / "simulated/latents").glob("*/index.json"))
+    assert len(caches) == 2
+    mean = np.concatenate([np.load(path.parent / "mean.npy") for path in caches if _split(path) == "train"])
+    std = np.concatenate([np.load(path.parent / "std.npy") for path in caches if _split(path) == "train"])
+    draw = model.latent_space.draw(*(torch.from_numpy(x).float() for x in (mean, std)), torch.randn(mean.shape))
+    assert draw.mean((0, 2, 3, 4)).abs().max() < 0.1
+    assert (draw.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
+
+
+def _split(index):
+    return json.loads(index.read_text())["key"]["split"]
+
+
+def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp_path):
+    folder, common = trained
+    request = ("sample", *common, "covariates={age: 70, sex: F}", "n=3", "steps=2", "batch_size=2", "out=out")
+    assert ldm(*request)[0] == 0
+    scan = nib.load(next(cohort_root.glob("sub-*/anat/*T1w.nii.gz")))
+    sample = nib.load(tmp_path / "out/sub-000001.nii.gz")
+    assert sample.shape == scan.shape
+    np.testing.assert_allclose(sample.affine, scan.affine)
+    assert sample.header.get_xyzt_units()[0] == "mm"
+    table = pd.read_csv(tmp_path / "out/participants.tsv", sep="\t")
+    assert list(table.columns) == ["participant_id", "age", "sex", "ventricles_mm3", "brain_mm3"]
+    assert (table["age"] == 70).all()
+    assert table["brain_mm3"].isna().all()
+    provenance = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert provenance["seed"] == 0
+    assert provenance["sampling"]["num_inference_steps"] == 2
+    assert (tmp_path / "out/mosaic.png").is_file()
+
+    # the same command goes on: only what is missing is drawn again, and it comes out the same
+    kept, lost = (tmp_path / f"out/sub-00000{i}.nii.gz" for i in (1, 2))
+    before, time = read(lost).array, kept.stat().st_mtime_ns
+    lost.unlink()
+    assert ldm(*request)[0] == 0
+    np.testing.assert_allclose(read(lost).array, before, atol=0.02)
+    assert kept.stat().st_mtime_ns == time
+    code, text = ldm(*request, "seed=1")
+    assert code
+    assert "samples of another request" in text
+    code, text = ldm(*(item for item in request if "covariates" not in item), "covariates={agee: 70}", "out=other")
+    assert code
+    assert "Did you mean 'age'?" in text
+
+
+def test_what_is_written_can_be_read_as_a_cohort(trained, ldm):
+    _, common = trained
+    assert ldm("sample", *common, "n=24", "steps=1", "out=out")[0] == 0
+    code, text = ldm(
+        "check", "data=nifti", "data.name=synthetic", "data.root=out", "data.image='{participant_id}.nii.gz'",
+        "data.covariates={age: {kind: continuous, unit: years}, sex: {kind: categorical}}",
+    )
+    assert not code, text
+    assert "No faults" in text
+
+
+def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
+    folder, common = trained
+    code, text = ldm("evaluate", *common, "n=6", "repeats=2", "steps=2", "run_dir=evaluation")
+    assert not code, text
+    metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert metrics["fidelity"]["ventricles_mm3"]["instrument_on_held_out"]["r"] > 0.7
+    assert set(metrics["diversity"]) == {"real, nearest covariates", "samples, same covariates"}
+    page = (tmp_path / "evaluation/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 5
+    assert "simulated" in page
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+
+
+def test_a_sample_does_not_depend_on_its_batch(trained):
+    folder, _ = trained
+    model = LatentDiffusionModel.load(folder / "simulated/ldm/model.safetensors")
+    rows = model.covariate_rows(None, 4, seed=5)
+    options = {"num_inference_steps": 3, "precision": "float32"}
+    together = next(model.sample_batches(rows, range(4), seed=1, batch_size=4, **options)).images
+    alone = next(model.sample_batches(rows[2:3], [2], seed=1, batch_size=1, **options)).images
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-4)
+    assert np.abs(together[1] - together[2]).max() > 0.01
+    with pytest.raises(LdmError, match="Did you mean 'num_inference_steps'"):
+        model.sample({"age": 60}, num_inference_step=3)
+
+
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(trained, ldm):
+    folder, common = trained
+    request = ("train-ldm", *common, "trainer.val_every=6")
+    model = folder / "simulated/ldm/model.safetensors"
+    code, text = ldm(*request, "trainer.max_steps=12")
+    assert not code
+    assert "Already trained for 12 steps" in text
+    code, text = ldm(*request, "trainer.max_steps=14")
+    assert not code, text
+    assert "Going on at step 12" in text
+    assert LatentDiffusionModel.load(model).header["steps"] == 14
+    code, text = ldm(*request, "trainer.max_steps=16", "ldm.prediction_type=epsilon")
+    assert code
+    assert "prediction_type is epsilon now, was v_prediction" in text
+
+
+def test_another_preparation_is_refused(trained, ldm):
+    _, common = trained
+    code, text = ldm("train-ldm", *common, "data.intensity.upper=90", "trainer.max_steps=1")
+    assert code
+    assert "prepared otherwise" in text
+    assert "intensity" in text

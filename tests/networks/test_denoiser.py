@@ -1,0 +1,86 @@
+"""The denoiser and its conditions: nulls, any subset, and that a condition reaches the output."""
+
+import pytest
+import torch
+from ldm.conditioning.covariates import MODES, CovariateConditioner
+from ldm.data.schema import Covariate, CovariateSchema
+from ldm.errors import LdmError
+from ldm.model.network import ConditionalDenoiser
+
+SCHEMA = CovariateSchema(
+    [
+        Covariate("age", "continuous", "years", (40.0, 80.0)),
+        Covariate("sex", "categorical", levels=("F", "M")),
+        Covariate("site", "categorical", levels=("a", "b", "c")),
+    ]
+)
+
+
+def network(mode, size=(4, 4, 4), **settings):
+    torch.manual_seed(0)
+    header = {
+        "denoiser": {"channels": [16, 32], "num_res_blocks": 1, "attention_levels": [False, True], "norm_num_groups": 16,
+                     "num_head_channels": 16, **settings},
+        "condition": {"mode": mode, "dim": 8, "drop_rate": 0.1, "drop_all_rate": 0.1},
+        "latent_shape": [3, *size],
+    }
+    return ConditionalDenoiser(header, SCHEMA)
+
+
+def awake(module):
+    """MONAI and we start many layers at zero; give every parameter a value, as after training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(8, 8), (4, 4, 4)])
+def test_every_covariate_and_every_null_reaches_the_output(mode, size):
+    net = awake(network(mode, size))
+    x, t = torch.randn(1, 3, *size), torch.tensor([500])
+    base = torch.tensor([[0.2, 0.0, 1.0]])
+    with torch.no_grad():
+        reference = net(x, t, base)
+        assert reference.shape == x.shape
+        for k, other in enumerate((0.9, 1.0, 2.0)):
+            for value in (other, torch.nan):
+                changed = base.clone()
+                changed[0, k] = value
+                assert (net(x, t, changed) - reference).abs().max() > 1e-5, (mode, k, value)
+
+
+def test_missing_covariates_have_nulls_of_their_own():
+    conditioner = awake(CovariateConditioner([0, 2, 3], "cross_attention", dim=8))
+    tokens = conditioner(torch.full((1, 3), torch.nan)).context[0]
+    assert torch.isfinite(tokens).all()
+    assert not torch.allclose(tokens[0], tokens[1])
+
+
+def test_dropping_is_per_sample_and_per_covariate():
+    conditioner = CovariateConditioner([0, 0, 0], "concat", drop_rate=0.3, drop_all_rate=0.2)
+    uniforms = torch.rand(20000, 4, generator=torch.Generator().manual_seed(0))
+    hidden = conditioner.drop(torch.zeros(20000, 3), uniforms).isnan()
+    expected = 1 - 0.7 * 0.8
+    assert hidden.float().mean(0).sub(expected).abs().max() < 0.02
+    assert abs(float(hidden.all(1).float().mean()) - (0.2 + 0.8 * 0.3**3)) < 0.02
+    # given that not all are hidden, one being hidden says nothing about the next
+    rest = hidden[uniforms[:, 3] >= 0.2].float()
+    assert abs(float(torch.corrcoef(rest.T)[0, 1])) < 0.03
+
+
+def test_published_hybrid_has_the_planes_again_as_one_token():
+    conditioning = CovariateConditioner([0, 2, 0, 0], "hybrid")(torch.rand(2, 4).round(decimals=1))
+    torch.testing.assert_close(conditioning.context[:, 0], conditioning.planes)
+
+
+def test_a_latent_that_cannot_be_halved_is_refused():
+    with pytest.raises(LdmError, match="5x4x4 cannot be halved 1 times.*multiple of 2"):
+        network("concat", (5, 4, 4))
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(LdmError, match=r"ldm.network.num_resblocks.*Did you mean 'num_res_blocks'"):
+        network("concat", num_resblocks=2)
