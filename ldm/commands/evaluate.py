@@ -25,7 +25,7 @@ from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.instruments import Instrument, find_instrument
 from ldm.evaluation.report import write_report
 from ldm.model.latent_diffusion import LatentDiffusionModel
-from ldm.model.precision import autocast
+from ldm.precision import autocast
 from ldm.training import figures
 from ldm.training.panels import describe
 from ldm.training.vae import psnr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -72,8 +73,11 @@ def configure_logging() -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logger.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
-    for noisy in ("pytorch_lightning", "lightning.pytorch"):
+    for noisy in ("pytorch_lightning", "lightning.pytorch", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch's pytree inside Lightning
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the moving average, meant so
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 
 def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
@@ -81,10 +85,11 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
 
     def task(config: DictConfig) -> object:
         sys.argv = original  # Lightning starts further ranks with the command that was typed
-        configure_logging()
+        function = verb_function(verb)
+        configure_logging()  # after the imports, for some libraries set levels of their own
         try:
             with run_folder(config):
-                return verb_function(verb)(config)
+                return function(config)
         except LdmError as error:
             if hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN":
                 raise

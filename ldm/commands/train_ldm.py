@@ -186,6 +186,8 @@ def build_model(
         datamodule.cohort.distribution() if len(schema) else None,
         first_stage.network,
     )
+    if model.network.conditioner is not None:
+        model.network.conditioner.fit(torch.from_numpy(train.covariates))
     logger.info(
         "Denoiser: %.1f M parameters on latents of %s; condition: %s on %s.",
         sum(p.numel() for p in model.network.parameters()) / 1e6,

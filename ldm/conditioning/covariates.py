@@ -89,6 +89,19 @@ class CovariateConditioner(nn.Module):
         """Width of a context token, None without cross-attention."""
         return {"cross_attention": dim, "hybrid": self.plane_channels}.get(self.mode)
 
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Standardise continuous covariates by their distribution, ``(N, K)`` encoded training values.
+
+        A legal range can be much wider than what occurs, as for a skewed volume; tokens see z-scores, so that what
+        occurs spans their input. Planes keep the published [0, 1].
+        """
+        for k, token in enumerate(getattr(self, "tokens", ())):
+            given = values[:, k][~values[:, k].isnan()]
+            if not token.levels and len(given) > 1 and given.std() > 0:
+                token.centre.copy_(given.mean())
+                token.spread.copy_(given.std())
+
     def drop(self, values: Tensor, uniforms: Tensor) -> Tensor:
         """Hide covariates at random.
 
@@ -130,7 +143,9 @@ class _Token(nn.Module):
         if levels:
             self.embed = nn.Embedding(levels, dim)
         else:
-            self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(num_frequencies), persistent=False)
+            self.register_buffer("frequencies", torch.pi / 4 * 2.0 ** torch.arange(num_frequencies), persistent=False)
+            self.register_buffer("centre", torch.tensor(0.5))
+            self.register_buffer("spread", torch.tensor(12**-0.5))  # of a uniform distribution over the range
             self.embed = nn.Sequential(nn.Linear(1 + 2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, value: Tensor) -> Tensor:
@@ -139,9 +154,9 @@ class _Token(nn.Module):
         if self.levels:
             token = self.embed(value.long().clamp(0, self.levels - 1))  # (B, E)
         else:
-            centred = 2 * value[:, None] - 1  # (B, 1): the legal range as [-1, 1]
-            angles = centred * self.frequencies / 2  # (B, F)
-            token = self.embed(torch.cat([centred, angles.sin(), angles.cos()], dim=1))  # (B, E)
+            z = (value[:, None] - self.centre) / self.spread  # (B, 1)
+            angles = z * self.frequencies  # (B, F): periods of 8, 4, 2 and 1 standard deviations
+            token = self.embed(torch.cat([z, angles.sin(), angles.cos()], dim=1))  # (B, E)
         return torch.where(given[:, None], token, self.null)
 
 

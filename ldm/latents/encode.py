@@ -16,7 +16,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion.noise import step_generator
 from ldm.latents.cache import CacheItem
-from ldm.model.precision import autocast
+from ldm.precision import autocast
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
         "versions": package_versions(),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(description, sort_keys=True)})
+    save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(description)})
     os.replace(temporary, path)
 
 

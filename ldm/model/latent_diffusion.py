@@ -25,7 +25,7 @@ from ldm.model.build import build_first_stage, construct
 from ldm.model.file import load_strict, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
 from ldm.model.network import ConditionalDenoiser
-from ldm.model.precision import autocast
+from ldm.precision import autocast
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.model.file import load_strict, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
-from ldm.model.precision import autocast
+from ldm.precision import autocast
 
 KIND = "segmenter"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.schema import CovariateSchema
+from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.file import load_matching
 from ldm.model.latent_diffusion import LatentDiffusionModel
@@ -61,13 +61,6 @@ def shared_positions(schema: CovariateSchema, other: CovariateSchema) -> list[tu
         match = other[covariate.name]
         if match.kind == covariate.kind and match.levels == covariate.levels:
             pairs.append((here, other.names.index(covariate.name)))
-            if match.range != covariate.range:
-                logger.warning(
-                    "%s: the range is %s here, %s in the start model; the same value has another code.",
-                    covariate.name,
-                    covariate.range,
-                    match.range,
-                )
     return pairs
 
 
@@ -82,6 +75,9 @@ def map_covariates(
         for name, value in tensors.items():
             if name.startswith(prefix):
                 mapped[f"conditioner.tokens.{here}.{name.removeprefix(prefix)}"] = value
+        _keep_physical_scale(
+            mapped, model.schema[model.schema.names[here]], other.schema[other.schema.names[there]], here
+        )
     mode = model.header["condition"]["mode"]
     if mode == "adaptive_norm":
         width = own["conditioner.merge.0.weight"].shape[0]
@@ -98,6 +94,17 @@ def map_covariates(
                 if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
                     _columns(mapped, own, name, planes)
     return mapped
+
+
+def _keep_physical_scale(mapped: dict[str, Tensor], ours: Covariate, theirs: Covariate, here: int) -> None:
+    """Codes are relative to the range; where the ranges differ, the same value in its unit keeps its z-score."""
+    name = f"conditioner.tokens.{here}."
+    if f"{name}centre" not in mapped:
+        return
+    (low, high), (their_low, their_high) = ours.range, theirs.range
+    ratio = (their_high - their_low) / (high - low)
+    mapped[f"{name}centre"] = mapped[f"{name}centre"] * ratio + (their_low - low) / (high - low)
+    mapped[f"{name}spread"] = mapped[f"{name}spread"] * ratio
 
 
 def _columns(

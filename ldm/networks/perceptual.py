@@ -16,7 +16,7 @@ BACKBONES = ("resnet10", "resnet18", "resnet34", "resnet50")
 
 
 class PerceptualLoss(nn.Module):
-    """Mean squared distance of channel-normalised features over the levels of a MONAI ResNet (Zhang et al. 2018, eq. 1).
+    """Mean squared distance of channel-normalised features over a MONAI ResNet's levels (Zhang et al. 2018, eq. 1).
 
     The published MedicalNet weights (3-D, one channel) fit these networks. Nothing is downloaded.
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
 
 def views(image: np.ndarray) -> list[np.ndarray]:
@@ -41,7 +37,8 @@ def mosaic(
     strips = [_strip(image[0]) for image in images]
     rows = -(-len(strips) // columns)
     width = 1.5 * max(strip.shape[1] / strip.shape[0] for strip in strips)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 1.75 * rows), squeeze=False)
+    figure = Figure(figsize=(width * columns, 1.75 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     low, high = value_range or (None, None)
     for n, axis in enumerate(axes.flat):
         axis.axis("off")
@@ -62,7 +59,8 @@ def reconstruction_panel(
     limit = 0.25 * (high - low)
     strips = [(_strip(x[0]), _strip(y[0]), _strip(y[0] - x[0], 0.0)) for x, y in pairs]
     aspect = strips[0][0].shape[1] / strips[0][0].shape[0]
-    figure, axes = plt.subplots(len(strips), 3, figsize=(3 * 1.7 * aspect, 1.8 * len(strips)), squeeze=False)
+    figure = Figure(figsize=(3 * 1.7 * aspect, 1.8 * len(strips)))
+    axes = figure.subplots(len(strips), 3, squeeze=False)
     for row, strip in zip(axes, strips, strict=True):
         for axis, part in zip(row[:2], strip[:2], strict=True):
             axis.imshow(part, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
@@ -77,7 +75,8 @@ def reconstruction_panel(
 def curves(metrics: Mapping[str, Sequence[tuple[int, float]]], names: Sequence[str], path: Path) -> Path:
     """One small plot a metric against optimisation steps; metrics that were never logged are left out."""
     names = [name for name in names if name in metrics]
-    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.4 * max(1, len(names)), 2.6), squeeze=False)
+    figure = Figure(figsize=(3.4 * max(1, len(names)), 2.6))
+    axes = figure.subplots(1, max(1, len(names)), squeeze=False)
     for axis, name in zip(axes[0], names, strict=False):
         steps, values = zip(*metrics[name], strict=True)
         axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 40 else None)
@@ -92,7 +91,8 @@ def curves(metrics: Mapping[str, Sequence[tuple[int, float]]], names: Sequence[s
 
 def scatter(asked: Sequence[float], measured: Sequence[float], title: str, unit: str, path: Path) -> Path:
     """Asked against measured, with the identity line."""
-    figure, axis = plt.subplots(figsize=(3.6, 3.4))
+    figure = Figure(figsize=(3.6, 3.4))
+    axis = figure.subplots()
     axis.scatter(asked, measured, s=10, alpha=0.7)
     ends = [min(*asked, *measured), max(*asked, *measured)]
     axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
@@ -121,6 +121,5 @@ def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout(pad=0.4)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
     temporary.replace(path)
     return path

@@ -11,7 +11,7 @@ import pytorch_lightning as L
 import torch
 
 from ldm.errors import LdmError, nearest
-from ldm.model.precision import fast_at_bf16
+from ldm.precision import fast_at_bf16
 from ldm.training.budget import Budget
 from ldm.training.checkpoint import ResumeCheckpoint
 from ldm.training.logging import JsonlLogger, RunProgress, peak_memory_bytes

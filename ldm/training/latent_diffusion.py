@@ -73,7 +73,7 @@ class LatentDiffusion(StageModule):
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """One batch: draw the posterior, the timestep and the noise; weighted squared error of the output."""
         draws = self._draws(batch)
-        weighted, plain, t = self.losses(self.network, batch, draws)
+        weighted, plain = self.losses(self.network, batch, draws)
         loss = weighted.mean()
         self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["row"])
         norms = self.step_optimizers(loss, [self.network])
@@ -83,11 +83,11 @@ class LatentDiffusion(StageModule):
         if (self.step - 1) % self.log_every == 0:
             values = {"loss": loss.detach(), "loss_unweighted": plain.mean().detach(), "lr": self._lr()}
             values |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-            self.record({f"ldm/train/{name}": value for name, value in values.items()})
+            self.record({f"ldm/train/{name}": value for name, value in values.items()}, reduce=True)
 
     def losses(
         self, network: torch.nn.Module, batch: Mapping[str, Any], draws: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Loss of each sample.
 
         Args:
@@ -96,7 +96,7 @@ class LatentDiffusion(StageModule):
             draws: ``posterior`` and ``eps`` ``(B, C, *S)``, ``t`` ``(B,)``, ``hide`` ``(B, K + 1)`` or None.
 
         Returns:
-            Weighted and unweighted loss ``(B,)``, timesteps ``(B,)``.
+            Weighted and unweighted loss, ``(B,)`` each.
         """
         model, t = self.model, draws["t"]
         values = batch["covariates"]
@@ -112,7 +112,7 @@ class LatentDiffusion(StageModule):
         weight = loss_weight(
             self.loss["weighting"], model.prediction_type, model.schedule.log_snr(t), self.loss["gamma"]
         )
-        return weight * plain, plain, t
+        return weight * plain, plain
 
     def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All random numbers of a batch, one named stream a sample."""
@@ -149,7 +149,7 @@ class LatentDiffusion(StageModule):
                 "posterior": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),
                 "eps": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),
             }
-            _, plain, _ = self.losses(self.model.network, batch, draws)
+            _, plain = self.losses(self.model.network, batch, draws)
             self.validation["sum"][index] += float(plain.sum())
             self.validation["count"][index] += size
 

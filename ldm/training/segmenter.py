@@ -51,7 +51,7 @@ class SegmenterModule(StageModule):
         self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["index"])
         norms = self.step_optimizers(loss, [self.network])
         if norms is not None and (self.step - 1) % self.log_every == 0:
-            self.record({"segmenter/train/loss": loss.detach(), "segmenter/train/grad_norm": sum(norms.values())})
+            self.record({"segmenter/train/loss": loss.detach(), "segmenter/train/grad_norm": sum(norms.values())}, True)
 
     def on_validation_epoch_start(self) -> None:
         """Start collecting."""

@@ -164,7 +164,7 @@ class VAE(StageModule):
         return terms
 
     def loss_weights(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Weight of every term; the adversarial one optionally follows the gradient norms (Esser et al. 2021, eq. 7)."""
+        """Weight of every term; the adversarial one can follow the gradient norms (Esser et al. 2021, eq. 7)."""
         weights = {"reconstruction": 1.0, "kl": self.loss["kl_weight"]}
         if "perceptual" in terms:
             weights["perceptual"] = self.loss["perceptual_weight"]
@@ -195,7 +195,7 @@ class VAE(StageModule):
         values |= {f"train/grad_last_layer/{name}": norm for name, norm in norms.items()}
         values |= {f"train/grad_norm/{name}": norm for name, norm in clipped.items()}
         values["train/lr"] = self.settings["lr"] * self.lr_factor()
-        self.record({f"vae/{name}": value for name, value in values.items()})
+        self.record({f"vae/{name}": value for name, value in values.items()}, reduce=True)
 
     # --- validation ---------------------------------------------------------------------------------
 

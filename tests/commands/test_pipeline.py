@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.model.first_stage import FirstStage
@@ -23,7 +24,6 @@ def trained(tmp_path_factory, cohort_root):
     import sys
 
     from ldm.commands.main import main
-
     from tests.conftest import TINY
 
     folder = tmp_path_factory.mktemp("runs")
@@ -49,8 +49,15 @@ def test_run_folders_hold_what_they_should(trained):
         torch.load(run / "last.ckpt", weights_only=True)  # plain tensors, numbers and dicts only
     assert not any("first_stage" in name for name in torch.load(run / "last.ckpt", weights_only=True)["state_dict"])
     metrics = read_metrics(folder / "simulated/vae/metrics.jsonl")
-    for name in ("train/loss", "train/kl", "train/weight/kl", "train/grad_last_layer/reconstruction", "val/psnr",
-                 "val/ssim", "val/latent_std/0"):
+    for name in (
+        "train/loss",
+        "train/kl",
+        "train/weight/kl",
+        "train/grad_last_layer/reconstruction",
+        "val/psnr",
+        "val/ssim",
+        "val/latent_std/0",
+    ):
         assert f"vae/{name}" in metrics, name
     metrics = read_metrics(folder / "simulated/ldm/metrics.jsonl")
     for name in ("train/loss", "val/loss", "val/loss_bin/9", "val/response/age", "val/slope/ventricles_mm3"):
@@ -76,7 +83,7 @@ def _split(index):
 
 
 def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp_path):
-    folder, common = trained
+    _, common = trained
     request = ("sample", *common, "covariates={age: 70, sex: F}", "n=3", "steps=2", "batch_size=2", "out=out")
     assert ldm(*request)[0] == 0
     scan = nib.load(next(cohort_root.glob("sub-*/anat/*T1w.nii.gz")))
@@ -112,7 +119,11 @@ def test_what_is_written_can_be_read_as_a_cohort(trained, ldm):
     _, common = trained
     assert ldm("sample", *common, "n=24", "steps=1", "out=out")[0] == 0
     code, text = ldm(
-        "check", "data=nifti", "data.name=synthetic", "data.root=out", "data.image='{participant_id}.nii.gz'",
+        "check",
+        "data=nifti",
+        "data.name=synthetic",
+        "data.root=out",
+        "data.image='{participant_id}.nii.gz'",
         "data.covariates={age: {kind: continuous, unit: years}, sex: {kind: categorical}}",
     )
     assert not code, text
@@ -120,7 +131,7 @@ def test_what_is_written_can_be_read_as_a_cohort(trained, ldm):
 
 
 def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
-    folder, common = trained
+    _, common = trained
     code, text = ldm("evaluate", *common, "n=6", "repeats=2", "steps=2", "run_dir=evaluation")
     assert not code, text
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())

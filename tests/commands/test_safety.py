@@ -6,14 +6,15 @@ import pickle
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
 from ldm.commands.main import conf_dir
 from ldm.commands.safe import ALLOWED_TARGETS, build
 from ldm.errors import LdmError
 from ldm.model.file import read_header
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.training.fit import read_checkpoint
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 
 class Hostile:

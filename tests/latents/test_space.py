@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from ldm.data.augmentation import Augmentation
 from ldm.data.labels import LabelClasses
 from ldm.data.schema import Covariate, CovariateSchema
@@ -18,9 +19,9 @@ KEY = {"first_stage": "abc", "preprocessing": "def", "dtype": "float32"}
 
 def posteriors(count=200):
     generator = torch.Generator().manual_seed(0)
-    mean = torch.tensor([5.0, -300.0]).reshape(1, 2, 1, 1) + torch.tensor([0.5, 30.0]).reshape(1, 2, 1, 1) * torch.randn(
-        count, 2, 4, 4, generator=generator
-    )
+    mean = torch.tensor([5.0, -300.0]).reshape(1, 2, 1, 1) + torch.tensor([0.5, 30.0]).reshape(
+        1, 2, 1, 1
+    ) * torch.randn(count, 2, 4, 4, generator=generator)
     return mean, torch.tensor([0.7, 1.0]).reshape(1, 2, 1, 1).expand_as(mean)
 
 
@@ -116,7 +117,11 @@ class Ball(torch.utils.data.Dataset):
 def test_variants_correct_covariates_and_carry_labels():
     schema = CovariateSchema([Covariate("volume", "continuous", "mm3", (0.0, 4000.0), scales_with="volume")])
     encoder = CohortEncoder(
-        freeze(IdentityAutoencoder(3)), Ball(), schema, Augmentation(scale=0.3), variants=4,
+        freeze(IdentityAutoencoder(3)),
+        Ball(),
+        schema,
+        Augmentation(scale=0.3),
+        variants=4,
         label_classes=LabelClasses.from_config({"ball": 9}),
     )
     found = list(encoder.items())
@@ -124,7 +129,9 @@ def test_variants_correct_covariates_and_carry_labels():
     for item in found:
         asked = float(schema.decode(item.covariates)["volume"])
         assert float(item.mean.sum()) == pytest.approx(asked, rel=0.03)  # the image follows
-        assert float(item.condition[1].sum()) == pytest.approx(asked, rel=0.1)  # and so do the labels, to the nearest voxel
+        assert float(item.condition[1].sum()) == pytest.approx(
+            asked, rel=0.1
+        )  # and so do the labels, to the nearest voxel
     assert len({round(float(item.covariates[0]), 4) for item in found}) == 8
     again = list(encoder.items(start=5))
     torch.testing.assert_close(again[0].mean, found[5].mean)  # resumed: the same random numbers

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
+
 from ldm.errors import LdmError
 from ldm.networks.autoencoder import AutoencoderKL
 from ldm.networks.stem import BlockStem
-from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 SMALL = {"channels": (16, 32), "attention_levels": (False, False), "latent_channels": 3}
 
@@ -45,7 +46,9 @@ def test_without_stem_it_is_monais_network(size):
     torch.testing.assert_close(ours.decode(ours.encode(x)[0]), peer.reconstruct(x))
 
 
-@pytest.mark.parametrize(("size", "stem", "factor"), [((16, 16), "auto", 2), ((8, 8, 8), "auto", 4), ((8, 8), "haar", 4)])
+@pytest.mark.parametrize(
+    ("size", "stem", "factor"), [((16, 16), "auto", 2), ((8, 8, 8), "auto", 4), ((8, 8), "haar", 4)]
+)
 def test_shapes_follow_the_factor(size, stem, factor):
     network = AutoencoderKL(len(size), in_channels=2, stem=stem, **SMALL)
     assert network.downsampling_factor == factor

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ldm.conditioning.covariates import MODES, CovariateConditioner
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
@@ -19,8 +20,14 @@ SCHEMA = CovariateSchema(
 def network(mode, size=(4, 4, 4), **settings):
     torch.manual_seed(0)
     header = {
-        "denoiser": {"channels": [16, 32], "num_res_blocks": 1, "attention_levels": [False, True], "norm_num_groups": 16,
-                     "num_head_channels": 16, **settings},
+        "denoiser": {
+            "channels": [16, 32],
+            "num_res_blocks": 1,
+            "attention_levels": [False, True],
+            "norm_num_groups": 16,
+            "num_head_channels": 16,
+            **settings,
+        },
         "condition": {"mode": mode, "dim": 8, "drop_rate": 0.1, "drop_all_rate": 0.1},
         "latent_shape": [3, *size],
     }

@@ -1,0 +1,145 @@
+"""What the stages promise: whose gradient goes where, what the weights mean, what is counted."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import LdmError
+from ldm.networks.discriminator import Discriminator
+from ldm.training.budget import Budget, seconds
+from ldm.training.ema import EMA
+from ldm.training.vae import VAE, kl_divergence, psnr
+
+OPTIMIZER = {
+    "lr": 1e-3,
+    "betas": [0.9, 0.99],
+    "weight_decay": 0.0,
+    "warmup_steps": 10,
+    "schedule": "cosine",
+    "clip_norm": 1.0,
+    "accumulate": 1,
+}
+LOSS = {
+    "reconstruction": "l1",
+    "kl_weight": 0.1,
+    "adversarial_weight": 0.5,
+    "adversarial_start": 0,
+    "adversarial_adaptive": False,
+    "perceptual_weight": 0.0,
+    "perceptual_weights": None,
+    "perceptual_backbone": "resnet10",
+}
+
+
+def vae(**loss):
+    torch.manual_seed(0)
+    network = {"kind": "autoencoder_kl", "spatial_dims": 2, "in_channels": 1, "channels": [16, 16]}
+    discriminator = {"channels": 8, "num_layers_d": 1, "loss": "least_squares", "lr": 1e-4}
+    return VAE(network, {**LOSS, **loss}, OPTIMIZER, discriminator, (1, 16, 16))
+
+
+def test_kl_against_torch_and_its_weight_in_summed_form():
+    mean, std = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(kl_divergence(mean, std), expected, rtol=1e-4, atol=1e-5)
+    # weight x (KL per image element) is summed_kl_weight x (KL summed over the latent, mean over the batch)
+    module, x = vae(), torch.rand(2, 1, 16, 16)
+    terms = module.loss_terms(x, x, mean, std)
+    torch.testing.assert_close(
+        module.loss["kl_weight"] * terms["kl"], module.summed_kl_weight * expected.sum((1, 2, 3)).mean()
+    )
+
+
+def test_psnr_of_a_known_error():
+    assert psnr(torch.zeros(4), torch.full((4,), 0.1), 1.0) == pytest.approx(20.0, abs=1e-4)
+    assert psnr(torch.zeros(4), torch.full((4,), 0.1), 2.0) == pytest.approx(26.0206, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["least_squares", "hinge"])
+def test_each_adversarial_gradient_stays_where_it_belongs(kind):
+    network = Discriminator(2, channels=8, num_layers_d=1, loss=kind)
+    fake = torch.rand(2, 1, 16, 16, requires_grad=True)
+    network.generator_loss(fake).backward()
+    assert fake.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+    fake.grad = None
+    network.discriminator_loss(torch.rand(2, 1, 16, 16), fake).backward()
+    assert fake.grad is None
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_discriminator_learns_to_tell_and_its_raw_score_is_unbounded():
+    torch.manual_seed(0)
+    network = Discriminator(2, channels=8, num_layers_d=1)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    real, fake = torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16).round()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = network.discriminator_loss(real, fake)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert network(fake).min() < 0  # an activation at the output would forbid it
+
+
+def test_the_adaptive_weight_balances_gradients_at_the_last_layer():
+    module, x = vae(adversarial_adaptive=True), torch.rand(2, 1, 16, 16)
+    reconstruction, mean, std = module(x)
+    terms = module.loss_terms(x, reconstruction, mean, std)
+    norms = module.gradient_norms(terms, module.loss_weights(terms))
+    assert norms["adversarial"] == pytest.approx(0.5 * norms["reconstruction"], rel=0.05)
+
+
+def test_a_perceptual_loss_without_its_file_is_refused():
+    with pytest.raises(LdmError, match=r"there is no file nowhere.pth"):
+        vae(perceptual_weight=0.1, perceptual_weights="nowhere.pth")
+
+
+def test_unknown_loss_settings_are_named():
+    with pytest.raises(LdmError, match="Did you mean 'kl_weight'"):
+        vae(kl_wieght=1)
+
+
+def test_ema_warms_up_and_its_count_is_state():
+    source = nn.Linear(2, 2)
+    ema = EMA(source, (0.99, 0.5))
+    with torch.no_grad():
+        source.weight.add_(1.0)
+    start = ema.module.weight.clone()
+    ema.update(source)
+    rate = 1 - 1 / 10  # (1 + n) / (10 + n) at n = 0
+    torch.testing.assert_close(ema.module.weight, start + rate * (source.weight - start))
+    other = EMA(nn.Linear(2, 2), (0.99, 0.5))
+    other.load_state_dict(ema.state_dict())
+    assert int(other.updates) == 1
+    for average in (ema, other):
+        average.update(source)
+    torch.testing.assert_close(other.module.weight, ema.module.weight)
+    ema.train()
+    assert not ema.averages.training
+
+
+def test_budget_takes_what_ends_first():
+    budget = Budget(100, "01:00")
+    budget.load_state_dict({"elapsed": 45.0})
+    assert budget.progress(10) == pytest.approx(0.75)
+    assert budget.progress(90) == pytest.approx(0.9)
+    assert seconds("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
+    with pytest.raises(LdmError, match="DD:HH:MM:SS"):
+        seconds("1h")
+    with pytest.raises(LdmError, match="needs an end"):
+        Budget(None, None)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    module = vae()
+    module.budget = Budget(100)
+    factors = []
+    for step in (0, 9, 50, 100):
+        module._step.fill_(step)
+        factors.append(module.lr_factor())
+    assert factors == pytest.approx([0.1, 0.5 * (1 + math.cos(math.pi * 0.09)), 0.5, 0.0], abs=1e-6)
