@@ -147,10 +147,14 @@ def fidelity(
         unit = model.schema[name].unit or ""
         truth, found = _pairs(rows, on_real, name)
         wanted, got = _pairs(asked, on_samples, name)
+        if min(len(truth), len(wanted)) < 3 or min(np.ptp(truth), np.ptp(wanted), np.ptp(got)) == 0:
+            logger.warning("%s: too few images could be measured, or all alike.", name)
+            continue
         result[name] = {
             "unit": unit,
             "instrument_on_held_out": agreement(truth, found),
             "samples": agreement(wanted, got),
+            "unmeasurable_samples": sum(not np.isfinite(values[name]) for values in on_samples),
         }
         figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
         figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
@@ -158,8 +162,12 @@ def fidelity(
 
 
 def _pairs(rows, measured, name) -> tuple[list[float], list[float]]:
-    pairs = [(row[name], values[name]) for row, values in zip(rows, measured, strict=True) if row.get(name) is not None]
-    return [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    pairs = [
+        (float(row[name]), values[name])
+        for row, values in zip(rows, measured, strict=True)
+        if row.get(name) is not None and np.isfinite(values[name])
+    ]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ldm.commands.overrides import check_overrides
+from ldm.commands.overrides import check_overrides, replace_free_form
 from ldm.commands.run import run_folder
 from ldm.errors import LdmError, nearest
 
@@ -95,7 +95,7 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
                 raise
             _fail(error)
 
-    sys.argv = [f"ldm {verb}", *arguments]
+    sys.argv = [f"ldm {verb}", *replace_free_form(arguments)]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
 
 

@@ -14,6 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.errors import LdmError, nearest
 
 
+FREE_FORM = ("data.covariates", "data.label_names")  # mappings whose names are the user's
+
+
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:
     """Compare every override with the composed configuration.
 
@@ -38,6 +41,18 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
     for override in parsed:
         if override not in groups and not (override.is_add() or override.is_force_add()):
             _check_key(config, override.key_or_group)
+
+
+def replace_free_form(arguments: Sequence[str]) -> list[str]:
+    """Let ``data.covariates={...}`` replace the whole mapping, as an assignment should.
+
+    Hydra merges a mapping into the old one, and refuses names that the old one does not have.
+    """
+    result = []
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        result += [f"~{key}", f"+{argument}"] if key in FREE_FORM else [argument]
+    return result
 
 
 def _check_options(conf_dir: Path, override: Override) -> None:
@@ -66,7 +81,7 @@ def _check_key(config: DictConfig, key: str) -> None:
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             break
-        if part not in node:
+        if part not in node.keys():  # noqa: SIM118 ("in" denies a key whose value is still ???)
             hint = nearest(key, _all_keys(config)) or nearest(part, map(str, node))
             raise LdmError(f"There is no setting '{key}'.{hint} `--cfg job` prints all settings.")
         node = None if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) else node[part]

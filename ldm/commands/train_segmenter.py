@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
@@ -34,6 +35,7 @@ def run(config: DictConfig) -> dict[str, float]:
         "out_channels": len(labels),
     }
     voxel = 1.0 if datamodule.spacing is None else float(np.prod(datamodule.spacing))
+    torch.manual_seed(config.seed)
     module = SegmenterModule(
         network, labels, plain(config.segmenter.optimizer), voxel, config.trainer.log_every, config.seed
     )

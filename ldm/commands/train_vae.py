@@ -6,6 +6,7 @@ import logging
 import math
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
@@ -73,6 +74,7 @@ def build_vae(config: DictConfig, datamodule) -> VAE:
     vae = plain(config.vae)
     image_shape = datamodule.image_shape
     network = {**vae["network"], "in_channels": image_shape[0]}
+    torch.manual_seed(config.seed)
     module = VAE(
         network,
         vae["loss"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def find_instrument(
         schema: gives the unit of each covariate.
 
     Returns:
-        Function of an image ``(C, *S)`` giving ``{covariate: value in its unit}``; None when there is no instrument.
+        Function of an image ``(C, *S)`` giving ``{covariate: value in its unit}``, NaN for an image that cannot be
+        measured; None when there is no instrument.
 
     Raises:
         LdmError: an unknown kind or key, or a covariate, class or unit that does not exist.
@@ -53,7 +55,15 @@ def find_instrument(
 
 def _ventricles(preprocessing: Preprocessing) -> Instrument:
     affine = np.asarray(preprocessing.reference.affine)
-    return lambda image: {"ventricles_mm3": measure_ventricles(image[0], affine)}
+
+    def measure(image: np.ndarray) -> dict[str, float]:
+        try:
+            return {"ventricles_mm3": measure_ventricles(image[0], affine)}
+        except LdmError as error:  # early in training a sample is no brain yet
+            logger.debug("%s", error)
+            return {"ventricles_mm3": math.nan}
+
+    return measure
 
 
 def _segmenter(config: Mapping[str, Any], schema: CovariateSchema) -> Instrument | None:

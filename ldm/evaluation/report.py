@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 CAPTIONS = {
-    "samples.png": "Samples, asked with the covariates of held-out subjects (axial, coronal, sagittal centre plane each).",
+    "samples.png": "Samples, asked with the covariates of held-out subjects: axial, coronal and sagittal centre plane.",
     "real.png": "The held-out subjects with these covariates.",
 }
 

@@ -130,8 +130,8 @@ def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
     differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
     if differing:
         raise LdmError(
-            f"{out} holds samples of another request ({', '.join(differing)} differ). Choose another out=..., or remove "
-            "the folder."
+            f"{out} holds samples of another request ({', '.join(differing)} differ). Choose another out=..., "
+            "or remove the folder."
         )
 
 

@@ -34,7 +34,8 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
         raise LdmError(f"ldm.init_from {path} conditions by '{theirs}', this model by '{ours}': set them alike.")
     if model.latent_shape[0] != other.latent_shape[0]:
         raise LdmError(
-            f"ldm.init_from {path} diffuses {other.latent_shape[0]} latent channels, this model {model.latent_shape[0]}."
+            f"ldm.init_from {path} diffuses {other.latent_shape[0]} latent channels, "
+            f"this model {model.latent_shape[0]}."
         )
     if model.header["first_stage_sha256"] != other.header["first_stage_sha256"]:
         logger.warning(
@@ -84,11 +85,11 @@ def map_covariates(
         blocks = [(slice(h * width, (h + 1) * width), slice(t * width, (t + 1) * width)) for h, t in positions]
         _columns(mapped, own, "conditioner.merge.0.weight", blocks)
     if mode in ("concat", "hybrid"):
-        channels = model.latent_shape[0]
         planes = _plane_blocks(model.schema, other.schema, positions)
+        before = own[CONV_IN].shape[1] - len(own["conditioner.null"])  # latent and position channels stand first
         _columns(mapped, own, "conditioner.null", planes, axis=0)
-        shifted = [(_shift(h, channels), _shift(t, channels)) for h, t in planes]
-        _columns(mapped, own, CONV_IN, [(slice(0, channels), slice(0, channels)), *shifted])
+        shifted = [(_shift(h, before), _shift(t, before)) for h, t in planes]
+        _columns(mapped, own, CONV_IN, [(slice(0, before), slice(0, before)), *shifted])
         if mode == "hybrid":
             for name in own:
                 if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):

@@ -26,6 +26,8 @@ class Denoiser(nn.Module):
         embedding: whether a condition embedding of width ``4 * channels[0]`` is added to the time embedding.
         adaptive_norm: let the (time + condition) embedding scale and shift the second normalisation of every
             residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it.
+        position_frequencies: sine and cosine pairs per axis that tell every voxel of the latent where it stands, plus
+            the coordinate itself; for cohorts in one space, such as registered brains. 0 for none.
         out_channels: output channels; None for ``latent_channels``.
         channels, num_res_blocks, attention_levels, num_head_channels, norm_num_groups, resblock_updown,
             transformer_num_layers: as in MONAI's ``DiffusionModelUNet``.
@@ -42,6 +44,7 @@ class Denoiser(nn.Module):
         context_dim: int | None = None,
         embedding: bool = False,
         adaptive_norm: bool = False,
+        position_frequencies: int = 0,
         out_channels: int | None = None,
         channels: Sequence[int] = (64, 128, 192),
         num_res_blocks: int | Sequence[int] = 2,
@@ -54,10 +57,11 @@ class Denoiser(nn.Module):
         use_flash_attention: bool = True,
     ) -> None:
         super().__init__()
+        position_channels = spatial_dims * (1 + 2 * position_frequencies) if position_frequencies else 0
         try:
             unet = DiffusionModelUNet(
                 spatial_dims,
-                in_channels=latent_channels + plane_channels,
+                in_channels=latent_channels + position_channels + plane_channels,
                 out_channels=out_channels or latent_channels,
                 channels=tuple(channels),
                 num_res_blocks=_tuple(num_res_blocks),
@@ -84,7 +88,7 @@ class Denoiser(nn.Module):
         if spatial_dims == 3:
             unet.to(memory_format=torch.channels_last_3d)
         self.unet = unet
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.position_frequencies = spatial_dims, position_frequencies
         self.downsampling_factor = 2 ** (len(channels) - 1)
 
     def forward(
@@ -107,12 +111,29 @@ class Denoiser(nn.Module):
         Returns:
             ``(B, out_channels, D, H, W)`` in float32.
         """
+        if self.position_frequencies:
+            where = positions(x.shape[2:], self.position_frequencies, x.device)  # (1, Q, D, H, W)
+            x = torch.cat([x, where.to(x.dtype).expand(len(x), *where.shape[1:])], dim=1)  # (B, C + Q, D, H, W)
         if planes is not None:
             if planes.ndim == 2:
                 planes = planes.reshape(*planes.shape, *(1,) * self.spatial_dims)
             planes = planes.expand(-1, -1, *x.shape[2:])  # (B, P, D, H, W)
-            x = torch.cat([x, planes.to(x.dtype)], dim=1)  # (B, C + P, D, H, W)
+            x = torch.cat([x, planes.to(x.dtype)], dim=1)  # (B, C + Q + P, D, H, W)
         return self.unet(x, t, context=context, class_labels=embedding).float()
+
+
+def positions(size: Sequence[int], num_frequencies: int, device: torch.device) -> Tensor:
+    """Coordinates in [-1, 1] along each axis with sines and cosines of pi, 2 pi, 4 pi, ... times them.
+
+    Returns:
+        ``(1, axes * (1 + 2 num_frequencies), *size)``.
+    """
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, side, device=device) for side in size), indexing="ij")
+    planes = []
+    for axis in axes:
+        angles = [torch.pi * 2**k * axis for k in range(num_frequencies)]
+        planes += [axis, *(f(angle) for angle in angles for f in (torch.sin, torch.cos))]
+    return torch.stack(planes)[None]
 
 
 class AdaptiveResnetBlock(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.errors import LdmError, nearest
 from ldm.precision import fast_at_bf16
@@ -148,7 +149,8 @@ def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_m
         accelerator=config["accelerator"],
         devices=config["devices"],
         num_nodes=config["num_nodes"],
-        strategy=config["strategy"],
+        # buffers are counters and constants, equal on all ranks by construction
+        strategy=DDPStrategy(broadcast_buffers=False) if config["strategy"] == "ddp" else config["strategy"],
         precision=_precision(config),
         max_epochs=-1,  # the budget ends the run
         val_check_interval=config["val_every"],

@@ -119,11 +119,10 @@ def conditioning_test(
         if between:
             results[f"response/{covariate.name}"] = change / between
         if measure is not None and covariate.kind == "continuous":
-            measured = [[measure(image).get(covariate.name) for image in images] for images in (first, last)]
-            if None not in (*measured[0], *measured[1]):
-                results[f"slope/{covariate.name}"] = float(
-                    (np.mean(measured[1]) - np.mean(measured[0])) / (ends[1] - ends[0])
-                )
+            measured = [[measure(image).get(covariate.name, np.nan) for image in images] for images in (first, last)]
+            slope = float(np.mean(measured[1]) - np.mean(measured[0])) / (ends[1] - ends[0])
+            if np.isfinite(slope):  # every image could be measured
+                results[f"slope/{covariate.name}"] = slope
     return results
 
 

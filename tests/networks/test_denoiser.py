@@ -91,3 +91,17 @@ def test_a_latent_that_cannot_be_halved_is_refused():
 def test_an_unknown_setting_is_named():
     with pytest.raises(LdmError, match=r"ldm.network.num_resblocks.*Did you mean 'num_res_blocks'"):
         network("concat", num_resblocks=2)
+
+
+def test_positions_tell_places_apart():
+    with_it, without = (awake(network("concat", position_frequencies=n)) for n in (2, 0))
+    # circular padding takes away what zero padding tells about the border, leaving only the position planes
+    for net in (with_it, without):
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                module.padding_mode = "circular"
+                module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]
+    x, t, values = torch.zeros(1, 3, 4, 4, 4), torch.tensor([500]), torch.full((1, 3), 0.5)
+    with torch.no_grad():
+        assert without(x, t, values).std((2, 3, 4)).max() < 1e-5
+        assert with_it(x, t, values).std((2, 3, 4)).max() > 1e-3

@@ -1,0 +1,156 @@
+"""Every option of every group composes, and what differs in training takes a step."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ldm.commands.main import VERBS, conf_dir
+from ldm.conditioning.covariates import MODES
+from ldm.diffusion.prediction import PREDICTION_TYPES
+
+OPTIONS = sorted(
+    f"{file.parent.relative_to(conf_dir())}={file.stem}"
+    for group in ("data", "vae", "ldm", "segmenter", "trainer", "logger")
+    for file in (conf_dir() / group).glob("*.yaml")
+    if file.stem != "base"
+)
+STUDIES = sorted(
+    f"experiment={file.relative_to(conf_dir() / 'experiment').with_suffix('')}"
+    for file in (conf_dir() / "experiment").glob("*/*.yaml")
+)
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *STUDIES])
+def test_every_option_composes_with_every_verb(option):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for verb in VERBS:
+            config = compose(verb, [option, "data.root=somewhere"])
+            OmegaConf.to_container(config.trainer, resolve=True)
+            OmegaConf.to_container(config.ldm, resolve=True)
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory, cohort_root):
+    """A first stage of the small cohort, trained for one step."""
+    import os
+    import sys
+
+    from ldm.commands.main import main
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("first")
+    before, argv = os.getcwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = [
+        "ldm",
+        "train-vae",
+        f"data.root={cohort_root}",
+        "data.n=30",
+        "data.spacing_mm=8.0",
+        *TINY,
+        f"runs_dir={folder}",
+        "trainer.max_steps=1",
+    ]
+    try:
+        main()
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *[(f"ldm.condition.mode={mode}",) for mode in (*MODES, "none")],
+        *[(f"ldm.prediction_type={name}", "ldm.loss.weighting=min_snr") for name in PREDICTION_TYPES],
+        ("ldm.schedule={num_train_timesteps: 100, beta_schedule: cosine, beta_start: null, beta_end: null}",),
+        ("ldm.latents={variants: 2, dtype: float32, labels: true}", "data.augment={scale: 0.05, flip_axes: [0]}"),
+        ("ldm.ema_decays=[0.99,0.9]", "ldm.optimizer.accumulate=2", "trainer.precision=bf16-mixed"),
+        ("logger=csv",),
+        ("logger=tensorboard",),
+    ],
+    ids=str,
+)
+def test_the_second_stage_takes_a_step(ldm, tiny, first_stage, overrides):
+    code, text = ldm("train-ldm", *tiny, f"runs_dir={first_stage}", "run_dir=run", "trainer.max_steps=1", *overrides)
+    assert not code, text
+    assert "Validation loss" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("vae.network.stem=space_to_depth", "vae.loss.reconstruction=l2"),
+        ("vae.network.stem=none", "vae.network.attention_levels=[false,true]"),
+        ("vae.patch_size=[16,16,16]", "vae.optimizer.accumulate=2"),
+        (
+            "vae.loss.adversarial_weight=0.1",
+            "vae.loss.adversarial_start=0",
+            "vae.loss.adversarial_adaptive=true",
+            "vae.discriminator.channels=8",
+            "vae.discriminator.num_layers_d=1",
+        ),
+        ("data.intensity={kind: zscore, clip: false}",),
+        ("logger=wandb",),
+    ],
+    ids=str,
+)
+def test_the_first_stage_takes_a_step(ldm, tiny, overrides):
+    code, text = ldm("train-vae", *tiny, "trainer.max_steps=1", *overrides)
+    assert not code, text
+    assert "PSNR" in text
+
+
+@pytest.mark.slow
+def test_the_segmenter_takes_a_step_and_measures(ldm, tiny, tmp_path):
+    code, text = ldm("train-segmenter", *tiny, "trainer.max_steps=2", "segmenter.network.channels=[8,16]")
+    assert not code, text
+    from ldm.model.segmenter import Segmenter
+
+    segmenter = Segmenter.load(tmp_path / "runs/simulated/segmenter/model.safetensors")
+    volumes = segmenter.volumes(np.random.default_rng(0).random((1, 24, 24, 24), dtype=np.float32))
+    assert set(volumes) == {"csf", "grey_matter", "white_matter", "ventricles"}
+    assert sum(volumes.values()) <= 24**3 * 8**3
+
+
+@pytest.mark.slow
+def test_pictures_go_all_the_way(ldm, tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = ["participant_id\tage\tkind"]
+    (tmp_path / "pictures").mkdir()
+    for i in range(24):
+        y, x = np.mgrid[:30, :26]  # not a multiple of anything: padded on the way in, cropped on the way out
+        radius = 4 + i / 4
+        picture = 200 * np.exp(-((y - 15) ** 2 + (x - 13) ** 2) / radius**2) + rng.normal(20, 5, (30, 26))
+        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(tmp_path / f"pictures/s{i}.png")
+        rows.append(f"s{i}\t{40 + i}\t{'ab'[i % 2]}")
+    (tmp_path / "pictures/participants.tsv").write_text("\n".join(rows) + "\n")
+    networks = [item for item in tiny if not item.startswith("data.")]
+    settings = (
+        *networks,
+        "data=nifti",
+        "data.name=pictures",
+        "data.spatial_dims=2",
+        "data.root=pictures",
+        "data.num_workers=0",
+        "data.image='{participant_id}.png'",
+        "data.intensity={kind: window, lower: 0, upper: 255}",
+        "data.covariates={age: {kind: continuous, unit: years}, kind: {kind: categorical}}",
+        "trainer.max_steps=1",
+    )
+    for verb in ("train-vae", "train-ldm"):
+        code, text = ldm(verb, *settings)
+        assert not code, text
+    code, text = ldm("sample", *settings, "n=2", "steps=2", "out=out")
+    assert not code, text
+    assert PIL.Image.open(tmp_path / "out/sub-000002.png").size == (26, 30)
+    assert json.loads((tmp_path / "out/participants.json").read_text())["age"]["Units"] == "years"
+    code, text = ldm("evaluate", *settings, "n=4", "repeats=2", "steps=2")
+    assert not code, text
