@@ -28,7 +28,7 @@ demo: $(VENV)/.installed ## simulated cohort, both stages, samples, report: at m
 	$(LDM) train-vae experiment=demo/demo
 	$(LDM) train-ldm experiment=demo/demo
 	$(LDM) evaluate experiment=demo/demo
-	@echo "Report: $(CURDIR)/runs/demo/evaluation/report.html"
+	@echo "Report: $(CURDIR)/runs/demo/simulated/evaluation/report.html"
 
 check train-vae train-ldm train-segmenter sample evaluate: $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
 	$(LDM) $@ $(ARGS)
@@ -37,8 +37,8 @@ test: $(VENV)/.installed-dev ## all tests
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style
-	$(VENV)/bin/ruff check ldm tests experiments
-	$(VENV)/bin/ruff format --check ldm tests experiments
+	$(VENV)/bin/ruff check ldm tests benchmarks
+	$(VENV)/bin/ruff format --check ldm tests benchmarks
 
 clean: ## remove runs and simulated cohorts (not the environment)
 	rm -rf runs data/simulated/*mm_*

@@ -111,7 +111,9 @@ def train_diffusion(autoencoder, loader, covariates: int, limit: float):
 def evaluate(autoencoder, unet, inferer, scheduler, datamodule, instrument, n: int) -> tuple[dict, list[np.ndarray]]:
     """Held-out PSNR, and asked against measured over n samples of the full 1000-step chain."""
     real, rows = held_out(datamodule)
-    values = [psnr(torch.from_numpy(x), autoencoder.reconstruct(torch.from_numpy(x)[None])[0].clamp(0, 1), 1.0) for x in real]
+    values = [
+        psnr(torch.from_numpy(x), autoencoder.reconstruct(torch.from_numpy(x)[None])[0].clamp(0, 1), 1.0) for x in real
+    ]
     asked = [rows[i % len(rows)] for i in range(n)]
     codes = torch.from_numpy(datamodule.schema.encode_table(asked)).nan_to_num()
     scheduler.set_timesteps(1000)
@@ -139,7 +141,9 @@ def main(config: DictConfig) -> None:
     datamodule = prepared(cohort_datamodule(config, batch_size=2))
     loader = datamodule.train_dataloader()
     autoencoder, vae_steps = train_autoencoder(loader, config.vae_seconds)
-    unet, inferer, scheduler, ldm_steps = train_diffusion(autoencoder, loader, len(datamodule.schema), config.ldm_seconds)
+    unet, inferer, scheduler, ldm_steps = train_diffusion(
+        autoencoder, loader, len(datamodule.schema), config.ldm_seconds
+    )
     instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     result, samples = evaluate(autoencoder, unet, inferer, scheduler, datamodule, instrument, config.n)
     result |= {"vae_steps": vae_steps, "ldm_steps": ldm_steps, "vae_seconds": config.vae_seconds,

@@ -51,13 +51,14 @@ def run(config: DictConfig) -> dict[str, Any]:
     paths = draw(model, path, folder / "samples", asked, config)
     samples = [in_model_space(model, path) for path in paths]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
+    rebuilt = reconstructions(model, real, value_range)
     metrics: dict[str, Any] = {
         "model_sha256": model.header["tensors_sha256"],
         "cohort": datamodule.cohort.name,
         "split_sha256": datamodule.cohort.split_hash,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
-        "reconstruction": reconstruction(model, real, value_range),
-        "diversity": diversity(model, real, rows, samples, config.n, repeated, value_range),
+        "reconstruction": quality(real, rebuilt, value_range),
+        "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
     }
     instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     if instrument is not None:
@@ -94,34 +95,49 @@ def in_model_space(model: LatentDiffusionModel, path: Path) -> np.ndarray:
 
 
 @torch.no_grad()
-def reconstruction(
+def reconstructions(
     model: LatentDiffusionModel, real: Sequence[np.ndarray], value_range: tuple[float, float]
-) -> dict[str, float]:
-    """PSNR in dB of the first stage on held-out images, through the latent space that samples go through."""
-    values = []
+) -> list[np.ndarray]:
+    """Held-out images ``(C, *S)`` through the first stage and the latent space that samples go through."""
+    rebuilt = []
     for image in track(real, "reconstructing"):
-        x = torch.from_numpy(image)[None].to(model.device)
         with autocast(model.device):
-            mean, _ = model.first_stage.encode(x)
-            decoded = model.decode(model.latent_space.to_scaled(mean.float()))
-        values.append(psnr(x, decoded.clamp(*value_range), value_range[1] - value_range[0]))
+            mean, _ = model.first_stage.encode(torch.from_numpy(image)[None].to(model.device))
+            decoded = model.decode(model.latent_space.to_scaled(mean.float()))  # (1, C, *S)
+        rebuilt.append(decoded[0].clamp(*value_range).cpu().numpy())
+    return rebuilt
+
+
+def quality(
+    real: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray], value_range: tuple[float, float]
+) -> dict[str, float]:
+    """PSNR in dB of the reconstructions."""
+    span = value_range[1] - value_range[0]
+    values = [psnr(torch.from_numpy(x), torch.from_numpy(y), span) for x, y in zip(real, rebuilt, strict=True)]
     return {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "n": len(values)}
 
 
 def diversity(
     model: LatentDiffusionModel,
     real: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray],
     rows: Sequence[dict[str, Any]],
     samples: Sequence[np.ndarray],
     n: int,
     repeated: int,
     value_range: tuple[float, float],
 ) -> dict[str, Any]:
-    """Spread of real subjects with like covariates, and of samples at the same covariates."""
+    """Spread of real subjects with like covariates, and of samples at the same covariates.
+
+    The same subjects after reconstruction stand between: noise and fine detail that the first stage does not keep
+    make real images differ, and no sample can have them.
+    """
     result = {}
     codes = model.schema.encode_table(rows) if len(model.schema) else np.zeros((len(rows), 1))
     if len(real) > 1:
-        result["real, nearest covariates"] = spread(real, nearest_pairs(codes), value_range)
+        pairs = nearest_pairs(codes)
+        result["real, nearest covariates"] = spread(real, pairs, value_range)
+        result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
     if repeated:
         same = [(i, n + i) for i in range(repeated)]
         result["samples, same covariates"] = spread(samples, same, value_range)

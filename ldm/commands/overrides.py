@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
 
-
 FREE_FORM = ("data.covariates", "data.label_names")  # mappings whose names are the user's
 
 

@@ -143,3 +143,24 @@ def test_learning_rate_warms_up_and_ends_at_zero():
         module._step.fill_(step)
         factors.append(module.lr_factor())
     assert factors == pytest.approx([0.1, 0.5 * (1 + math.cos(math.pi * 0.09)), 0.5, 0.0], abs=1e-6)
+
+
+def test_the_perceptual_loss_reads_a_local_file_only(tmp_path):
+    from monai.networks.nets import resnet10
+    from safetensors.torch import save_file
+
+    from ldm.networks.perceptual import PerceptualLoss
+
+    torch.manual_seed(0)
+    peer = resnet10(spatial_dims=2, n_input_channels=1, shortcut_type="B", bias_downsample=False)
+    save_file(peer.state_dict(), tmp_path / "resnet10.safetensors")
+    module = vae(perceptual_weight=0.1, perceptual_weights=str(tmp_path / "resnet10.safetensors"))
+    x = torch.rand(2, 1, 32, 32)
+    reconstruction, mean, std = module(x)
+    terms = module.loss_terms(x, reconstruction, mean, std)
+    assert terms["perceptual"] > 0
+    assert float(module.perceptual[0](x, x)) == pytest.approx(0.0, abs=1e-7)
+    assert not any("perceptual" in name for name in module.state_dict())
+    with pytest.raises(LdmError, match="does not hold a 3-D resnet18"):
+        save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+        PerceptualLoss(3, str(tmp_path / "other.safetensors"), "resnet18")
