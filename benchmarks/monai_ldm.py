@@ -1,9 +1,10 @@
 """The peer: MONAI's 3-D latent diffusion recipe on the same volumes, with the same metric and the same minutes.
 
-    python benchmarks/monai_ldm.py experiment=hippocampus/ours +vae_seconds=1200 +ldm_seconds=1200 run_dir=runs/monai_peer
+    python benchmarks/monai_ldm.py experiment=hippocampus/ours run_dir=runs/monai_peer \\
+        +vae_seconds=1200 +ldm_seconds=1200
 
-AutoencoderKL 32-64-64 and DiffusionModelUNet 64-128-192 as in MONAI's 3d_ldm tutorial, float32, scaling factor from one batch,
-the encoder in the loop, covariates as a context token. Perceptual loss is left out on both sides, for it needs
+AutoencoderKL 32-64-64 and DiffusionModelUNet 64-128-192 as in MONAI's 3d_ldm tutorial, float32, scaling factor from one
+batch, the encoder in the loop, covariates as a context token. Perceptual loss is left out on both sides, for it needs
 downloaded weights. Writes ``metrics.json``, and samples with the table of what was asked, which the study's instrument
 then measures.
 """
@@ -111,9 +112,8 @@ def train_diffusion(autoencoder, loader, covariates: int, limit: float):
 def evaluate(autoencoder, unet, inferer, scheduler, datamodule, instrument, n: int) -> tuple[dict, list[np.ndarray]]:
     """Held-out PSNR, and asked against measured over n samples of the full 1000-step chain."""
     real, rows = held_out(datamodule)
-    values = [
-        psnr(torch.from_numpy(x), autoencoder.reconstruct(torch.from_numpy(x)[None])[0].clamp(0, 1), 1.0) for x in real
-    ]
+    images = [torch.from_numpy(x) for x in real]
+    values = [psnr(x, autoencoder.reconstruct(x[None])[0].clamp(0, 1), 1.0) for x in images]
     asked = [rows[i % len(rows)] for i in range(n)]
     codes = torch.from_numpy(datamodule.schema.encode_table(asked)).nan_to_num()
     scheduler.set_timesteps(1000)

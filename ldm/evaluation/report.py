@@ -84,8 +84,8 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     if same and real:
         lines.append(
             f"Two samples at the same covariates have an MS-SSIM of {same['ms_ssim']['mean']:.3f}; two held-out "
-            f"subjects with like covariates {real['ms_ssim']['mean']:.3f}, and after reconstruction by the first stage, "
-            f"which takes noise and fine detail away, {rebuilt['ms_ssim']['mean']:.3f}. Higher is more alike."
+            f"subjects with like covariates {real['ms_ssim']['mean']:.3f}, and after reconstruction by the first "
+            f"stage, which takes noise and fine detail away, {rebuilt['ms_ssim']['mean']:.3f}. Higher is more alike."
         )
     return lines
 

@@ -161,6 +161,6 @@ def test_the_perceptual_loss_reads_a_local_file_only(tmp_path):
     assert terms["perceptual"] > 0
     assert float(module.perceptual[0](x, x)) == pytest.approx(0.0, abs=1e-7)
     assert not any("perceptual" in name for name in module.state_dict())
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(LdmError, match="does not hold a 3-D resnet18"):
-        save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
         PerceptualLoss(3, str(tmp_path / "other.safetensors"), "resnet18")
