@@ -95,7 +95,9 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
                 raise
             _fail(error)
 
-    sys.argv = [f"ldm {verb}", *replace_free_form(arguments)]
+    flags = [item for item in arguments if not _is_override(item)]  # argparse wants these together, and first
+    overrides = [item for item in arguments if _is_override(item)]
+    sys.argv = [f"ldm {verb}", *flags, *replace_free_form(overrides)]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
 
 

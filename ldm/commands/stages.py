@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def cohort_datamodule(config: DictConfig, batch_size: int = 1, patch_size: Any = None) -> CohortDataModule:
-    """The cohort's data module, with a grid that both networks can halve as often as they need."""
+    """The cohort's data module, with a grid that both networks can halve as often as they need.
+
+    Prepared arrays go beside the runs unless ``data.cache_dir`` says otherwise: a data folder is often read-only.
+    """
+    data = plain(config.data)
+    data["cache_dir"] = data["cache_dir"] or str(Path(config.runs_dir) / data["name"] / "cache")
     return CohortDataModule(
-        plain(config.data),
+        data,
         multiple=grid_multiple(config),
         batch_size=batch_size,
         seed=config.seed,

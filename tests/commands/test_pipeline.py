@@ -64,6 +64,19 @@ def test_run_folders_hold_what_they_should(trained):
         assert f"ldm/{name}" in metrics, name
 
 
+def test_nothing_is_written_into_the_data_folder(trained, cohort_root):
+    folder, _ = trained
+    assert not (cohort_root / ".ldm-cache").exists()
+    assert (folder / "simulated/cache").is_dir()
+
+
+def test_a_sweep_runs_in_folders_of_its_own(ldm, tiny, tmp_path):
+    code, text = ldm("train-vae", *tiny, "--multirun", "vae.optimizer.lr=1e-3,2e-3", "trainer.max_steps=1")
+    assert not code, text
+    for job in ("0", "1"):
+        assert (tmp_path / "runs/simulated/vae-sweep" / job / "model.safetensors").is_file()
+
+
 def test_one_file_is_enough_and_the_latents_are_scaled(trained):
     folder, _ = trained
     model = LatentDiffusionModel.load(folder / "simulated/ldm/model.safetensors")
