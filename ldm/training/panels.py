@@ -128,5 +128,10 @@ def conditioning_test(
 
 def describe(row: Mapping[str, Any]) -> str:
     """A covariate row as a short title."""
-    parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()]
-    return ", ".join(parts) or "unconditional"
+    return ", ".join(f"{name} {_short(value)}" for name, value in row.items()) or "unconditional"
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
