@@ -80,7 +80,7 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
 
 
 def test_a_saved_model_samples_the_same(tmp_path):
-    source = model([AGE, SEX], "adaptive_norm")
+    source = model([SEX, AGE], "adaptive_norm")  # not in alphabetical order, which a sorted header would give it
     source.save(tmp_path / "m.safetensors")
     again = LatentDiffusionModel.load(tmp_path / "m.safetensors")
     options = {"n": 2, "seed": 3, "precision": "float32"}
