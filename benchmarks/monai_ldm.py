@@ -1,12 +1,14 @@
 """The peer: MONAI's 3-D latent diffusion recipe on the same volumes, with the same metric and the same minutes.
 
     python benchmarks/monai_ldm.py experiment=hippocampus/ours run_dir=runs/monai_peer \\
-        +vae_seconds=1200 +ldm_seconds=1200
+        +vae_seconds=1200 +ldm_seconds=1200 +full_chain=4 \\
+        'data.augment={flip_axes: [], scale: 0, shift: 0, rotate: 0, gamma: 0}'
 
-AutoencoderKL 32-64-64 and DiffusionModelUNet 64-128-192 as in MONAI's 3d_ldm tutorial, float32, scaling factor from one
-batch, the encoder in the loop, covariates as a context token. Perceptual loss is left out on both sides, for it needs
-downloaded weights. Writes ``metrics.json``, and samples with the table of what was asked, which the study's instrument
-then measures.
+AutoencoderKL 32-64-64 and DiffusionModelUNet 64-128-192 as in MONAI's 3d_ldm tutorial, float32, scaling factor from
+one batch, the encoder in the loop, no augmentation, covariates as a context token. Perceptual loss is left out on both
+sides, for it needs downloaded weights. Samples are drawn with MONAI's DDIM (its strided DDPM is wrong, its full chain
+slow); the study's instrument measures them. Writes ``metrics.json`` and pictures, also of ``full_chain`` samples of the
+full chain.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import torch
 from monai.inferers import LatentDiffusionInferer
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
-from monai.networks.schedulers import DDPMScheduler
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from omegaconf import DictConfig
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ldm.commands.evaluate import held_out
 from ldm.commands.main import conf_dir
@@ -34,9 +37,11 @@ from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.evaluation.agreement import agreement
 from ldm.evaluation.instruments import find_instrument
 from ldm.training import figures
+from ldm.training.panels import describe
 from ldm.training.vae import psnr
 
 logger = logging.getLogger(__name__)
+SCHEDULE = {"num_train_timesteps": 1000, "schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 WARM_UP_EPOCHS = 5  # before the adversarial term starts, as in the tutorial
 
 
@@ -83,7 +88,7 @@ def train_diffusion(autoencoder, loader, covariates: int, limit: float):
         3, 3, 3, num_res_blocks=1, channels=(64, 128, 192), attention_levels=(False, True, True),
         num_head_channels=(0, 64, 64), with_conditioning=True, cross_attention_dim=covariates,
     )  # fmt: skip
-    scheduler = DDPMScheduler(1000, "scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
+    scheduler = DDPMScheduler(**SCHEDULE)
     with torch.no_grad():
         z = autoencoder.encode_stage_2_inputs(next(iter(loader))["image"])
     inferer = LatentDiffusionInferer(scheduler, scale_factor=float(1 / z.std()))
@@ -105,30 +110,40 @@ def train_diffusion(autoencoder, loader, covariates: int, limit: float):
             if time.monotonic() - start >= limit:
                 break
         epoch += 1
-    return unet.eval(), inferer, scheduler, steps
+    return unet.eval(), inferer, steps
 
 
 @torch.no_grad()
-def evaluate(autoencoder, unet, inferer, scheduler, datamodule, instrument, n: int) -> tuple[dict, list[np.ndarray]]:
-    """Held-out PSNR, and asked against measured over n samples of the full 1000-step chain."""
-    real, rows = held_out(datamodule)
-    images = [torch.from_numpy(x) for x in real]
-    values = [psnr(x, autoencoder.reconstruct(x[None])[0].clamp(0, 1), 1.0) for x in images]
-    asked = [rows[i % len(rows)] for i in range(n)]
-    codes = torch.from_numpy(datamodule.schema.encode_table(asked)).nan_to_num()
-    scheduler.set_timesteps(1000)
-    size = autoencoder.encode(torch.from_numpy(real[0])[None])[0].shape[1:]
+def draw(autoencoder, unet, inferer, scheduler, steps: int, codes: torch.Tensor, size) -> list[np.ndarray]:
+    """Samples at encoded covariates ``(N, K)``, eight at a time."""
+    scheduler.set_timesteps(steps)
     samples = []
-    for part in codes.split(8):
+    for part in tqdm(codes.split(8), desc=f"sampling, {steps} steps"):
         noise = torch.randn(len(part), *size)
         images = inferer.sample(noise, autoencoder, unet, scheduler, conditioning=part[:, None], verbose=False)
         samples += [image.clamp(0, 1).numpy() for image in images]
+    return samples
+
+
+@torch.no_grad()
+def evaluate(autoencoder, unet, inferer, datamodule, instrument, config) -> dict:
+    """Held-out PSNR; asked against measured over n samples of MONAI's DDIM; pictures of its full chain as well."""
+    real, rows = held_out(datamodule)
+    images = [torch.from_numpy(x) for x in real]
+    values = [psnr(x, autoencoder.reconstruct(x[None])[0].clamp(0, 1), 1.0) for x in images]
     result = {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "fidelity": {}}
-    if instrument is not None:
-        measured = [instrument(image) for image in samples]
-        for name in measured[0]:
-            result["fidelity"][name] = agreement([row[name] for row in asked], [m[name] for m in measured])
-    return result, samples
+    asked = [rows[i % len(rows)] for i in range(config.n)]
+    codes = torch.from_numpy(datamodule.schema.encode_table(asked)).nan_to_num()
+    size = autoencoder.encode(images[0][None])[0].shape[1:]
+    ddim = DDIMScheduler(**SCHEDULE, clip_sample=False)
+    samples = draw(autoencoder, unet, inferer, ddim, config.steps or 50, codes, size)
+    measured = [] if instrument is None else [instrument(image) for image in samples]
+    for name in measured[0] if measured else ():
+        result["fidelity"][name] = agreement([row[name] for row in asked], [m[name] for m in measured])
+    figures.mosaic(samples[:16], Path(config.run_dir) / "samples.png", [describe(row) for row in asked[:16]])
+    full = draw(autoencoder, unet, inferer, DDPMScheduler(**SCHEDULE), 1000, codes[: config.full_chain], size)
+    figures.mosaic(full, Path(config.run_dir) / "samples_ddpm1000.png", [describe(row) for row in asked[: len(full)]])
+    return result
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")
@@ -141,15 +156,12 @@ def main(config: DictConfig) -> None:
     datamodule = prepared(cohort_datamodule(config, batch_size=2))
     loader = datamodule.train_dataloader()
     autoencoder, vae_steps = train_autoencoder(loader, config.vae_seconds)
-    unet, inferer, scheduler, ldm_steps = train_diffusion(
-        autoencoder, loader, len(datamodule.schema), config.ldm_seconds
-    )
+    unet, inferer, ldm_steps = train_diffusion(autoencoder, loader, len(datamodule.schema), config.ldm_seconds)
     instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
-    result, samples = evaluate(autoencoder, unet, inferer, scheduler, datamodule, instrument, config.n)
+    result = evaluate(autoencoder, unet, inferer, datamodule, instrument, config)
     result |= {"vae_steps": vae_steps, "ldm_steps": ldm_steps, "vae_seconds": config.vae_seconds,
                "ldm_seconds": config.ldm_seconds, "split_sha256": datamodule.cohort.split_hash}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(result, indent=1))
-    figures.mosaic(samples[:16], folder / "samples.png")
     logger.info("%s", json.dumps(result, indent=1))
 
 

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ldm.errors import LdmError, nearest
 from ldm.latents.space import LatentSpace
+from ldm.metrics.grid import blockiness, pattern_share
 from ldm.model.build import build_first_stage, construct
 from ldm.networks.discriminator import Discriminator
 from ldm.networks.perceptual import PerceptualLoss
@@ -22,6 +23,7 @@ from ldm.training.module import StageModule
 logger = logging.getLogger(__name__)
 
 RECONSTRUCTION = {"l1": F.l1_loss, "l2": F.mse_loss}
+VALIDATION = ("psnr", "ssim", "l1", "kl", "grid_pattern", "blockiness")
 LOSS_KEYS = (
     "reconstruction",
     "kl_weight",
@@ -201,7 +203,7 @@ class VAE(StageModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start collecting."""
-        self.validation = {"psnr": [], "ssim": [], "l1": [], "kl": [], "posteriors": [], "panels": []}
+        self.validation = {name: [] for name in (*VALIDATION, "posteriors", "panels")}
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """Held-out reconstruction from the posterior mean."""
@@ -215,6 +217,8 @@ class VAE(StageModule):
             store["ssim"].append(
                 float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
             )
+            store["grid_pattern"].append(pattern_share(other - one, self.network.downsampling_factor))
+            store["blockiness"].append(blockiness(other) / blockiness(one))
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))
@@ -222,9 +226,9 @@ class VAE(StageModule):
             store["panels"] += [(one.cpu(), other.cpu()) for one, other in zip(x, reconstruction, strict=True)][:4]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means, and the statistics of every latent channel."""
+        """Log the means, among them traces of the decoder's grid, and the statistics of every latent channel."""
         store = self.validation
-        means = {name: sum(store[name]) / len(store[name]) for name in ("psnr", "ssim", "l1", "kl")}
+        means = {name: sum(store[name]) / len(store[name]) for name in VALIDATION}
         space = LatentSpace.fit(store.pop("posteriors"))
         metrics = {f"vae/val/{name}": value for name, value in means.items()}
         metrics |= {f"vae/val/latent_mean/{c}": float(value) for c, value in enumerate(space.mean)}
