@@ -127,17 +127,20 @@ def diversity(
     repeated: int,
     value_range: tuple[float, float],
 ) -> dict[str, Any]:
-    """Spread of real subjects with like covariates, and of samples at the same covariates.
+    """Spread of real subjects with like covariates, of samples asked as these, and of samples at the same covariates.
 
     The same subjects after reconstruction stand between: noise and fine detail that the first stage does not keep
-    make real images differ, and no sample can have them.
+    make real images differ, and no sample can have them. Sample i was asked as subject i, so the first three rows
+    compare the same pairs of covariates.
     """
     result = {}
     codes = model.schema.encode_table(rows) if len(model.schema) else np.zeros((len(rows), 1))
-    if len(real) > 1:
-        pairs = nearest_pairs(codes)
+    asked = min(n, len(rows))
+    if asked > 1:
+        pairs = nearest_pairs(codes[:asked])
         result["real, nearest covariates"] = spread(real, pairs, value_range)
         result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
+        result["samples asked as these"] = spread(samples, pairs, value_range)
     if repeated:
         same = [(i, n + i) for i in range(repeated)]
         result["samples, same covariates"] = spread(samples, same, value_range)

@@ -152,8 +152,11 @@ def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
     assert set(metrics["diversity"]) == {
         "real, nearest covariates",
         "the same, reconstructed",
+        "samples asked as these",
         "samples, same covariates",
     }
+    pairs = {name: values["rms"]["n"] for name, values in metrics["diversity"].items()}
+    assert len({pairs[name] for name in list(pairs)[:3]}) == 1  # the same pairs of covariates
     page = (tmp_path / "evaluation/report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5
     assert "simulated" in page
