@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from ldm.model.first_stage import FirstStage
 from ldm.training.logging import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -48,3 +50,24 @@ def test_kill_and_go_on(tiny, tmp_path, kill):
     assert reached - 40 < resumed <= reached + 1
     assert last_step(tmp_path) >= 399
     assert not [path for path in (tmp_path / "simulated/vae").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_every_validated_state_is_kept(ldm, tiny, monkeypatch):
+    """Both files are written at each validation, which comes every ``val_every`` optimisation steps."""
+    kept = []
+
+    def save(self, path):
+        state = torch.load(path.parent / "last.ckpt", weights_only=True)
+        kept.append((self.facts["steps"], state["ldm"]["step"], "psnr" in self.metrics))
+
+    monkeypatch.setattr(FirstStage, "save", save)
+    code, text = ldm(
+        "train-vae",
+        *tiny,
+        "trainer.max_steps=5",
+        "trainer.val_every=2",
+        "vae.optimizer.accumulate=2",
+        "data.cache=false",
+    )
+    assert not code, text
+    assert list(dict.fromkeys(kept)) == [(2, 2, True), (4, 4, True), (5, 5, True)]
