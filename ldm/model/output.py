@@ -57,7 +57,7 @@ def write_samples(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    names = [f"sub-{index + 1:06d}" for index in range(len(rows))]
+    names = [sample_name(index) for index in range(len(rows))]
     record = json.loads(json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True))
     _expect_same_request(out, record)
     _write_text(out / PROVENANCE, json.dumps(record, indent=1))
@@ -75,6 +75,11 @@ def write_samples(
             progress(len(batch.images))
     write_table(model, out, names, rows)
     return [path[0] for path in paths]
+
+
+def sample_name(index: int) -> str:
+    """Name of sample ``index``, counted from 0."""
+    return f"sub-{index + 1:06d}"
 
 
 def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]:
