@@ -129,7 +129,7 @@ def _cell(value: Any) -> str:
 
 def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
     path = out / PROVENANCE
-    if not path.is_file():
+    if not path.is_file() or not any(out.glob("sub-*")):  # a request that drew nothing binds nobody
         return
     stored = json.loads(path.read_text())
     differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
