@@ -45,7 +45,7 @@ def run(config: DictConfig) -> list[Path]:
 
 def load_model(config: DictConfig) -> tuple[LatentDiffusionModel, Path]:
     """The model on the fastest device."""
-    path = require_file(config.model, "diffusion model", "ldm train-ldm")
+    path = require_file(config.model, "diffusion model", "train-ldm")
     return LatentDiffusionModel.load(path, "cuda" if torch.cuda.is_available() else "cpu"), path
 
 

@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
-    command = f"ldm train-vae data={config.data.name}" if config.data.name != "simulated" else "ldm train-vae"
-    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", command))
+    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
     datamodule = prepared(cohort_datamodule(config))
     same_preprocessing(first_stage, datamodule)

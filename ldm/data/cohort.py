@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.data import prepare
@@ -226,7 +226,7 @@ def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     _one_of(config["faults"], POLICIES, "data.faults")
     _check_fractions(config["split"]["fractions"])
     for key in ("root", "image"):
-        if not config[key]:
+        if not config[key] or config[key] == MISSING:
             raise LdmError(f"data.{key} is not set; see conf/data/base.yaml for what it means")
     return config
 
