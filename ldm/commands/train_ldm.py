@@ -14,6 +14,7 @@ from rich.progress import track
 
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
@@ -126,6 +127,7 @@ def posterior_cache(
         "first_stage": first_stage.sha256,
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "cohort": datamodule.cohort.split_hash,
+        "records": content_hash(datamodule.cohort.records),
         "split": split,
         "schema": datamodule.schema.to_dict(),
         "augment": data["augment"] if augmented else None,

@@ -126,6 +126,15 @@ def build_cache(
     return VolumeCache(folder, index["count"], index["labels"])
 
 
+def content_hash(records: Sequence[Record]) -> str:
+    """SHA-256 over ids, references, covariates and the state (size, time stamp) of the files of ``records``.
+
+    What was derived from ``records`` is out of date when it changes: a row was corrected or moved, a file replaced.
+    """
+    rows = [[record.id, record.references, record.covariates] for record in records]
+    return hashlib.sha256(json.dumps([rows, _signatures(records)]).encode()).hexdigest()
+
+
 def _index(
     records: Sequence[Record], preprocessing: Preprocessing, dtype: str, limit_gb: float | None
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from ldm.data import cache as cache_module
-from ldm.data.cache import build_cache, open_cache
+from ldm.data.cache import build_cache, content_hash, open_cache
 from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.preprocessing import Preprocessing
@@ -205,6 +206,19 @@ def test_cache_is_reused_and_rebuilt_when_a_source_or_the_recipe_changes(data_cf
     assert build(dtype="float32").image(0).min() == 0
     assert len(loads) == N
     assert not [p.name for p in Path(data_cfg["cache_dir"]).iterdir() if p.name.startswith(".")]
+
+
+def test_content_changes_with_a_covariate_an_order_or_a_file(data_cfg: dict) -> None:
+    """Latents are cached under it, so that a corrected table or a replaced scan is encoded anew."""
+    records = list(Cohort.from_config(data_cfg).records)
+    before = content_hash(records)
+    assert content_hash(list(records)) == before
+    corrected = replace(records[0], covariates={**records[0].covariates, "age": 1.0})
+    path = Path(next(iter(records[0].images.values())))
+    assert content_hash([corrected, *records[1:]]) != before
+    assert content_hash(records[::-1]) != before
+    os.utime(path, ns=(1, 1))
+    assert content_hash(records) != before
 
 
 def test_a_damaged_cache_is_built_anew_and_a_failed_one_leaves_nothing(data_cfg: dict) -> None:
