@@ -145,6 +145,21 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert factors == pytest.approx([0.1, 0.5 * (1 + math.cos(math.pi * 0.09)), 0.5, 0.0], abs=1e-6)
 
 
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    module = vae(adversarial_weight=0.0)
+    module.budget = Budget(100)
+    weight = next(module.network.parameters())
+    before = weight.detach().clone()
+    module.optimizers = lambda: torch.optim.SGD(module.network.parameters(), 1.0)
+    module.manual_backward = lambda loss: loss.backward()
+    module.record_names = lambda rows: [f"sub-{row}" for row in rows]
+    loss = (weight - before).abs().sum().sqrt()  # 0, with a slope that is not finite
+    module.require_finite(loss.detach(), {}, [3])
+    with pytest.raises(LdmError, match=r"gradient of AutoencoderKL is not finite at step 0.*sub-3"):
+        module.step_optimizers(loss, [module.network])
+    torch.testing.assert_close(weight.detach(), before)
+
+
 def test_the_perceptual_loss_reads_a_local_file_only(tmp_path):
     from monai.networks.nets import resnet10
     from safetensors.torch import save_file
