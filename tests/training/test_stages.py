@@ -10,6 +10,7 @@ from ldm.errors import LdmError
 from ldm.networks.discriminator import Discriminator
 from ldm.training.budget import Budget, seconds
 from ldm.training.ema import EMA
+from ldm.training.logging import JsonlLogger, read_metrics
 from ldm.training.vae import VAE, kl_divergence, psnr
 
 OPTIMIZER = {
@@ -158,6 +159,16 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     with pytest.raises(LdmError, match=r"gradient of AutoencoderKL is not finite at step 0.*sub-3"):
         module.step_optimizers(loss, [module.network])
     torch.testing.assert_close(weight.detach(), before)
+
+
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
+    JsonlLogger(tmp_path).log_metrics({"loss": 1.0}, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    logger = JsonlLogger(tmp_path)
+    logger.log_metrics({"loss": 3.0}, 2)
+    logger.log_metrics({"loss": 4.0}, 3)
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"loss": [(1, 1.0), (2, 3.0), (3, 4.0)]}
 
 
 def test_the_perceptual_loss_reads_a_local_file_only(tmp_path):
