@@ -1,6 +1,7 @@
 """Killed at any point, the same command goes on and loses at most what was not yet written."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,22 +53,27 @@ def test_kill_and_go_on(tiny, tmp_path, kill):
     assert not [path for path in (tmp_path / "simulated/vae").iterdir() if path.name.endswith(".tmp")]
 
 
-def test_every_validated_state_is_kept(ldm, tiny, monkeypatch):
+def test_every_validated_state_is_kept_and_can_be_continued(ldm, tiny, tmp_path, monkeypatch):
     """Both files are written at each validation, which comes every ``val_every`` optimisation steps."""
     kept = []
 
     def save(self, path):
         state = torch.load(path.parent / "last.ckpt", weights_only=True)
         kept.append((self.facts["steps"], state["ldm"]["step"], "psnr" in self.metrics))
+        if state["ldm"]["step"] == 2:  # as if killed right after the first validation
+            (tmp_path / "killed").mkdir(exist_ok=True)
+            shutil.copy(path.parent / "last.ckpt", tmp_path / "killed/last.ckpt")
 
     monkeypatch.setattr(FirstStage, "save", save)
-    code, text = ldm(
-        "train-vae",
-        *tiny,
-        "trainer.max_steps=5",
-        "trainer.val_every=2",
-        "vae.optimizer.accumulate=2",
-        "data.cache=false",
-    )
+    settings = (*tiny, "trainer.max_steps=5", "trainer.val_every=2", "vae.optimizer.accumulate=2", "data.cache=false")
+    code, text = ldm("train-vae", *settings, "run_dir=whole")
     assert not code, text
     assert list(dict.fromkeys(kept)) == [(2, 2, True), (4, 4, True), (5, 5, True)]
+    code, text = ldm("train-vae", *settings, "run_dir=killed")
+    assert not code, text
+    assert "Going on at step 2" in text
+    whole, rest = (
+        dict(read_metrics(tmp_path / name / "metrics.jsonl")["vae/train/loss"]) for name in ("whole", "killed")
+    )
+    assert list(whole) == [1, 2, 3, 4, 5]
+    assert rest == pytest.approx({step: whole[step] for step in (3, 4, 5)}, rel=1e-4)
