@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from ldm.commands.run import plain, require_file
 from ldm.data.images import read
 from ldm.data.table import read_table
-from ldm.errors import LdmError, nearest
+from ldm.errors import LdmError
 from ldm.model.file import read_header
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import write_samples
@@ -108,11 +109,15 @@ def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, A
 
 
 def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
-    absent = [name for name in names if name not in columns]
+    absent = {name.casefold(): name for name in names if name not in columns}
     for column in columns:
-        hint = "" if column in names else nearest(column, absent)
-        if hint:
-            raise LdmError(f"{path}: column '{column}' is no covariate of the model.{hint} Rename or remove it.")
+        # Closer than for other hints: a table may well have a column 'site' that is not meant to be 'sex'.
+        match = [] if column in names else difflib.get_close_matches(column.casefold(), absent, n=1, cutoff=0.8)
+        if match:
+            raise LdmError(
+                f"{path}: column '{column}' is no covariate of the model. Did you mean '{absent[match[0]]}'? "
+                "Rename or remove it."
+            )
 
 
 def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:

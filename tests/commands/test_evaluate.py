@@ -23,7 +23,7 @@ def test_a_written_sample_comes_back_with_all_channels_in_the_models_range(tmp_p
         preprocessing=Preprocessing(3, shape=(8, 8, 8), intensity=recipe, channels=("T1", "T2"), reference=reference)
     )
     image = np.full((2, 8, 8, 8), recipe.range[0], np.float32)
-    image[:, 1:7, 0:7] = np.random.default_rng(0).uniform(*recipe.range, (2, 6, 7, 8))
+    image[:, 1:7, 1:8] = np.random.default_rng(0).uniform(*recipe.range, (2, 6, 7, 8))
     paths = image_paths(model, tmp_path, "sub-000001")
     write_image(model, image, paths)
     np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)

@@ -27,9 +27,10 @@ def test_a_table_gives_a_row_a_sample_and_names_not_given_stay_away(tmp_path):
     assert asked_rows(path, MODEL) == [{"age": "70"}, {}]
 
 
-def test_a_misspelt_column_is_an_error(tmp_path):
-    path = table(tmp_path, "participant_id\tage\tsexx", "a\t70\tF")
-    with pytest.raises(LdmError, match="column 'sexx' is no covariate of the model. Did you mean 'sex'"):
+@pytest.mark.parametrize("column", ["sexx", "Sex"])
+def test_a_misspelt_column_is_an_error(tmp_path, column):
+    path = table(tmp_path, f"participant_id\tage\t{column}", "a\t70\tF")
+    with pytest.raises(LdmError, match=f"column '{column}' is no covariate of the model. Did you mean 'sex'"):
         asked_rows(path, MODEL)
 
 
