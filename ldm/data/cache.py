@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32")
 GB = 1e9
+ABANDONED_SECONDS = 24 * 3600
 
 
 class VolumeCache:
@@ -114,6 +116,7 @@ def build_cache(
     if folder.exists():
         logger.info("The cache %s is out of date or damaged; building it anew.", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder.parent)
     _expect_room(folder.parent, index)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
@@ -190,6 +193,17 @@ def _open(folder: Path, index: dict[str, Any]) -> VolumeCache | None:
     except (OSError, ValueError):  # absent, or cut short
         return None
     return cache
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds left; one that is under way writes at least once in `ABANDONED_SECONDS`."""
+    for building in folder.glob(".building-*"):
+        try:
+            latest = max(path.stat().st_mtime for path in (building, *building.iterdir()))
+        except OSError:  # another process was quicker
+            continue
+        if time.time() - latest > ABANDONED_SECONDS:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _expect_room(folder: Path, index: dict[str, Any]) -> None:

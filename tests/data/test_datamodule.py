@@ -236,6 +236,18 @@ def test_a_damaged_cache_is_built_anew_and_a_failed_one_leaves_nothing(data_cfg:
     assert list(Path(data_cfg["cache_dir"]).iterdir()) == []
 
 
+def test_what_a_killed_build_left_is_removed_in_time(data_cfg: dict) -> None:
+    old, fresh = (Path(data_cfg["cache_dir"]) / f".building-{name}" for name in ("old", "fresh"))
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+        (folder / "images.npy").write_bytes(b"cut short")
+    os.utime(old / "images.npy", (1, 1))
+    os.utime(old, (1, 1))
+    build_cache(data_cfg["cache_dir"], *fitted(data_cfg), progress=False)
+    assert not old.exists()
+    assert fresh.exists()
+
+
 def test_cache_limit_and_pickling(data_cfg: dict, monkeypatch) -> None:
     records, prep = fitted(data_cfg)
     one_gb = int(np.prod(prep.image_shape)) * 3 / 1e9  # float16 image and uint8 labels
