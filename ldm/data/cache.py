@@ -35,7 +35,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
-    from ldm.data.cohort import Record
+    from ldm.data.draft import Record
 
 logger = logging.getLogger(__name__)
 
