@@ -14,6 +14,7 @@ from rich.progress import track
 
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
@@ -34,8 +35,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
-    command = f"ldm train-vae data={config.data.name}" if config.data.name != "simulated" else "ldm train-vae"
-    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", command))
+    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
     datamodule = prepared(cohort_datamodule(config))
     same_preprocessing(first_stage, datamodule)
@@ -127,6 +127,7 @@ def posterior_cache(
         "first_stage": first_stage.sha256,
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "cohort": datamodule.cohort.split_hash,
+        "records": content_hash(datamodule.cohort.records),
         "split": split,
         "schema": datamodule.schema.to_dict(),
         "augment": data["augment"] if augmented else None,

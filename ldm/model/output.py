@@ -57,7 +57,7 @@ def write_samples(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    names = [f"sub-{index + 1:06d}" for index in range(len(rows))]
+    names = [sample_name(index) for index in range(len(rows))]
     record = json.loads(json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True))
     _expect_same_request(out, record)
     _write_text(out / PROVENANCE, json.dumps(record, indent=1))
@@ -75,6 +75,11 @@ def write_samples(
             progress(len(batch.images))
     write_table(model, out, names, rows)
     return [path[0] for path in paths]
+
+
+def sample_name(index: int) -> str:
+    """Name of sample ``index``, counted from 0."""
+    return f"sub-{index + 1:06d}"
 
 
 def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]:
@@ -124,7 +129,7 @@ def _cell(value: Any) -> str:
 
 def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
     path = out / PROVENANCE
-    if not path.is_file():
+    if not path.is_file() or not any(out.glob("sub-*")):  # a request that drew nothing binds nobody
         return
     stored = json.loads(path.read_text())
     differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]

@@ -73,7 +73,15 @@ def fit(
     module.budget = budget
     state = read_checkpoint(checkpoint, identity) if checkpoint.is_file() else None
     lightning = _trainer(
-        trainer, budget, run_dir, label, monitor, loggers, callbacks, lambda: save_model(_validation(module))
+        trainer,
+        budget,
+        run_dir,
+        label,
+        monitor,
+        loggers,
+        callbacks,
+        lambda: save_model(_validation(module)),
+        module.accumulate,
     )
     lightning.callbacks.insert(0, _Identity(identity))
     if state is not None and _finished(state, budget):
@@ -143,7 +151,7 @@ def _finished(state: Mapping[str, Any], budget: Budget) -> bool:
     return by_steps or by_time
 
 
-def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_model) -> L.Trainer:
+def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_model, accumulate: int) -> L.Trainer:
     limit = config["val_batches"]
     return L.Trainer(
         accelerator=config["accelerator"],
@@ -153,7 +161,7 @@ def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_m
         strategy=DDPStrategy(broadcast_buffers=False) if config["strategy"] == "ddp" else config["strategy"],
         precision=_precision(config),
         max_epochs=-1,  # the budget ends the run
-        val_check_interval=config["val_every"],
+        val_check_interval=config["val_every"] * accumulate,  # Lightning counts batches
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if limit is None else limit,
         num_sanity_val_steps=0,

@@ -21,11 +21,11 @@ class FigureCallback(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder) / "figures"
 
-    def publish(self, trainer: Trainer, name: str, path: Path) -> None:
-        """Hand a picture to the loggers."""
+    def publish(self, trainer: Trainer, name: str, path: Path, step: int) -> None:
+        """Hand a picture to the loggers, at the step of its metrics."""
         for one in trainer.loggers:
             if hasattr(one, "log_image"):
-                one.log_image(key=name, images=[str(path)])
+                one.log_image(key=name, images=[str(path)], step=step)
 
     def curves(self, folder: Path, names: Sequence[str]) -> None:
         """Draw ``metrics.jsonl``."""
@@ -47,7 +47,7 @@ class ReconstructionPanels(FigureCallback):
         path = figures.reconstruction_panel(
             pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range
         )
-        self.publish(trainer, "vae/reconstruction", path)
+        self.publish(trainer, "vae/reconstruction", path, module.step)
         self.curves(self.folder, ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"))
 
 
@@ -87,7 +87,7 @@ class SamplePanels(FigureCallback):
             [describe(row) for row in samples.covariates],
             model.preprocessing.value_range,
         )
-        self.publish(trainer, "ldm/samples", path)
+        self.publish(trainer, "ldm/samples", path, module.step)
         metrics = conditioning_test(model, len(self.rows), self.steps, self.measure)
         module.record({f"ldm/val/{name}": value for name, value in metrics.items()})
         self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss"))

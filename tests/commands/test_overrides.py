@@ -24,9 +24,17 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
 
 
 def test_a_missing_first_stage_says_what_to_run(ldm, tiny):
-    code, text = ldm("train-ldm", *tiny)
+    code, text = ldm("train-ldm", "data=nifti", *tiny, "data.name=study", "ldm.batch_size=2", "trainer.max_steps=1")
     assert code
-    assert "ldm train-vae" in text
+    assert f"ldm train-vae data=nifti {tiny[0]}" in text  # the same data, as typed
+    assert "data.name=study" in text
+    assert "trainer.max_steps" not in text
+
+
+def test_a_root_that_was_not_given_is_asked_for(ldm):
+    code, text = ldm("check", "data=nifti")
+    assert code
+    assert "data.root is not set" in text
 
 
 def test_a_missing_model_says_what_to_run(ldm, tiny):

@@ -98,6 +98,7 @@ def _split(index):
 def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp_path):
     _, common = trained
     request = ("sample", *common, "covariates={age: 70, sex: F}", "n=3", "steps=2", "batch_size=2", "out=out")
+    assert "Did you mean" in ldm(*request, "sampler=ddmp")[1]  # draws nothing, and leaves the folder free
     assert ldm(*request)[0] == 0
     scan = nib.load(next(cohort_root.glob("sub-*/anat/*T1w.nii.gz")))
     sample = nib.load(tmp_path / "out/sub-000001.nii.gz")
