@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from ldm.commands.run import plain, require_file
@@ -28,6 +28,8 @@ OPTIONS = {
     "steps": "num_inference_steps",
     "sampler": "sampler",
     "guidance_scale": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "guidance_rescale": "guidance_rescale",
     "timestep_spacing": "timestep_spacing",
 }
 
@@ -53,7 +55,8 @@ def draw(
     model: LatentDiffusionModel, path: Path, out: Path, rows: Sequence[Mapping[str, Any]], config: DictConfig
 ) -> list[Path]:
     """Write one sample a row, with a progress bar."""
-    options = {name: config[key] for key, name in OPTIONS.items() if config.get(key) is not None}
+    asked = {name: config.get(key) for key, name in OPTIONS.items()}
+    options = {name: plain(v) if OmegaConf.is_config(v) else v for name, v in asked.items() if v is not None}
     provenance = {
         "model_sha256": read_header(path)["tensors_sha256"],
         "sampling": {**vars(model.defaults), **options},
