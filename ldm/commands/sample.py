@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from ldm.commands.run import plain, require_file
@@ -30,6 +30,8 @@ OPTIONS = {
     "steps": "num_inference_steps",
     "sampler": "sampler",
     "guidance_scale": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "guidance_rescale": "guidance_rescale",
     "timestep_spacing": "timestep_spacing",
 }
 
@@ -81,7 +83,8 @@ def draw(
 
 def sampling_options(config: DictConfig) -> dict[str, Any]:
     """What was asked for beside the model's defaults, in the model's words."""
-    options = {name: config[key] for key, name in OPTIONS.items() if config.get(key) is not None}
+    asked = {name: config.get(key) for key, name in OPTIONS.items()}
+    options = {name: plain(v) if OmegaConf.is_config(v) else v for name, v in asked.items() if v is not None}
     return options if config.get("eta") is None else options | {"options": {"eta": config.eta}}
 
 

@@ -17,12 +17,14 @@ from ldm.commands.stages import cohort_datamodule, loggers, prepared
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
+from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instrument
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
+from ldm.model.build import construct
 from ldm.model.first_stage import FirstStage
-from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
 from ldm.training.data import LatentDataModule
 from ldm.training.fit import fit
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
+    check_diffusion(plain(config.ldm))
     first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
     datamodule = prepared(cohort_datamodule(config))
@@ -63,6 +66,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "condition": model.header["condition"],
             "schedule": model.header["schedule"],
             "prediction_type": model.prediction_type,
+            "learned_variance": model.learned_variance,
             "ema_decays": ldm["ema_decays"],
             "first_stage_sha256": first_stage.sha256,
             "split_sha256": datamodule.cohort.split_hash,
@@ -75,6 +79,18 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
+
+
+def check_diffusion(ldm: Mapping[str, Any]) -> None:
+    """Refuse what the diffusion section asks for in vain, before anything is read or encoded.
+
+    Raises:
+        LdmError: an unknown name, a number outside its range, or two settings that exclude each other.
+    """
+    check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
+    sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
+    if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
+        raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
 
 
 def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
@@ -172,6 +188,7 @@ def build_model(
         "condition": ldm["condition"],
         "schedule": ldm["schedule"],
         "prediction_type": ldm["prediction_type"],
+        "learned_variance": ldm["learned_variance"],
         "loss": ldm["loss"],
         "sampling": ldm["sampling"],
         "metrics": {},
