@@ -236,6 +236,7 @@ class LatentDiffusionModel(nn.Module):
     ) -> Tensor:
         """Scaled latents ``(B, C, *S)`` for encoded covariates ``(B, K)``."""
         settings = self.defaults if settings is None else settings
+        self._require_learned_nulls(values, settings.guidance_scale)
         streams = noise.generators(seed, indices)
         x = noise.draw(streams, self.latent_shape).to(self.device)  # (B, C, *S)
         grid = self.schedule.grid(settings.num_inference_steps, settings.timestep_spacing)
@@ -243,6 +244,19 @@ class LatentDiffusionModel(nn.Module):
             self.denoise_many, values, torch.full_like(values, torch.nan), settings.guidance_scale
         )
         return find_sampler(settings.sampler, **dict(settings.options or {}))(denoise, x, grid, streams)
+
+    def _require_learned_nulls(self, values: Tensor, guidance_scale: float) -> None:
+        """Refuse what needs a null of a model that was imported without one (``learned_null`` in the header)."""
+        if self.header.get("learned_null", True):
+            return
+        left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
+        if left_out:
+            raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
+        if guidance_scale != 1:
+            raise LdmError(
+                f"guidance_scale is {guidance_scale}, but this model never learned to go without its covariates, which "
+                "guidance compares with. Legal: 1."
+            )
 
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Tensor]) -> list[Prediction]:
         """Predictions for the same ``x`` under several conditions, in one network call."""
