@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ldm.errors import LdmError
 
 RUN_DIR = "LDM_RUN_DIR"  # tells further ranks where the first one writes
-SHARED = ("data", "vae", "ldm", "schedule", "experiment", "runs_dir", "seed")  # settings that mean the same to every verb
+SHARED = ("data", "vae", "ldm", "schedule", "experiment", "runs_dir", "seed")  # what means the same to every verb
 
 
 @contextlib.contextmanager

@@ -267,8 +267,9 @@ class LatentDiffusionModel(nn.Module):
         """The ``denoise`` of a sampler, guided as the settings say, for encoded covariates ``(B, K)``.
 
         Raises:
-            LdmError: a guidance scale for a covariate that the model does not have.
+            LdmError: a guidance scale for a covariate that the model does not have, or for a model without nulls.
         """
+        self._require_learned_nulls(values, settings)
         scale, rescale = settings.guidance_scale, settings.guidance_rescale
         if isinstance(scale, Mapping):
             nulls = [self._without(values, name) for name in scale]
@@ -286,6 +287,20 @@ class LatentDiffusionModel(nn.Module):
         hidden = values.clone()
         hidden[:, list(self.schema.names).index(name)] = torch.nan
         return hidden
+
+    def _require_learned_nulls(self, values: Tensor, settings: SamplingOptions) -> None:
+        """Refuse what needs a null of a model that was imported without one (``learned_null`` in the header)."""
+        if self.header.get("learned_null", True):
+            return
+        left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
+        if left_out:
+            raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
+        scale = settings.guidance_scale
+        if any(one != 1 for one in (scale.values() if isinstance(scale, Mapping) else [scale])):
+            raise LdmError(
+                f"guidance_scale is {scale}, but this model never learned to go without its covariates, which "
+                "guidance compares with. Legal: 1."
+            )
 
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Tensor]) -> list[Prediction]:
         """Predictions for the same ``x`` under several conditions, in one network call."""
