@@ -112,6 +112,8 @@ def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp
     provenance = json.loads((tmp_path / "out/provenance.json").read_text())
     assert provenance["seed"] == 0
     assert provenance["sampling"]["num_inference_steps"] == 2
+    assert provenance["simulated_training_data"] is True
+    assert provenance["written"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (tmp_path / "out/mosaic.png").is_file()
 
     # the same command goes on: only what is missing is drawn again, and it comes out the same
