@@ -25,6 +25,7 @@ from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.instruments import Instrument, find_instrument
 from ldm.evaluation.report import write_report
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.output import image_paths, sample_name
 from ldm.precision import autocast
 from ldm.training import figures
 from ldm.training.panels import describe
@@ -48,13 +49,14 @@ def run(config: DictConfig) -> dict[str, Any]:
     real, rows = held_out(datamodule)
     repeated = min(config.repeats, len(rows))
     asked = [dict(rows[i % len(rows)]) for i in range(config.n)] + [dict(row) for row in rows[:repeated]]
-    paths = draw(model, path, folder / "samples", asked, config)
-    samples = [in_model_space(model, path) for path in paths]
+    draw(model, path, folder / "samples", asked, config)
+    samples = [in_model_space(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
     rebuilt = reconstructions(model, real, value_range)
     metrics: dict[str, Any] = {
         "model_sha256": model.header["tensors_sha256"],
         "cohort": datamodule.cohort.name,
+        "simulated": model.header.get("simulated", False),
         "split_sha256": datamodule.cohort.split_hash,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
         "reconstruction": quality(real, rebuilt, value_range),
@@ -84,14 +86,16 @@ def held_out(datamodule: CohortDataModule) -> tuple[list[np.ndarray], list[dict[
     return images, rows
 
 
-def in_model_space(model: LatentDiffusionModel, path: Path) -> np.ndarray:
-    """A written sample on the model's grid ``(C, *S)``."""
-    image = read(path, spatial_dims=model.preprocessing.spatial_dims)
-    array = image.array
-    if model.preprocessing.spatial_dims == 2:
-        low, high = model.preprocessing.value_range or (0.0, 1.0)
+def in_model_space(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
+    """A written sample, a file a channel, on the model's grid and in its range: ``(C, *S)``."""
+    recipe = model.preprocessing
+    array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
+    if recipe.spatial_dims == 2:
+        low, high = recipe.value_range or (0.0, 1.0)
         array = array / 255 * (high - low) + low
-    return model.preprocessing.reference.forward(array)
+    else:
+        array = recipe.intensity.again(array)
+    return recipe.reference.forward(array, fill=recipe.intensity.background(array))  # (C, *S)
 
 
 @torch.no_grad()

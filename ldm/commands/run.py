@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ldm.errors import LdmError
 
 RUN_DIR = "LDM_RUN_DIR"  # tells further ranks where the first one writes
+SHARED = ("data", "vae", "ldm", "schedule", "experiment", "runs_dir", "seed")  # what means the same to every verb
 
 
 @contextlib.contextmanager
@@ -53,12 +56,18 @@ def write_config(config: DictConfig, folder: Path) -> None:
     os.replace(temporary, folder / "config.yaml")
 
 
-def require_file(path: Path, what: str, command: str) -> Path:
-    """``path``, or an error that says which command makes it.
+def require_file(path: Path, what: str, verb: str) -> Path:
+    """``path``, or an error that says which command makes it: ``verb``, for the same data.
 
     Raises:
         LdmError: there is no such file.
     """
     if not Path(path).is_file():
-        raise LdmError(f"There is no {what} at {path}. Train one first: {command}")
+        raise LdmError(f"There is no {what} at {path}. Train one first: {_command(verb)}")
     return Path(path)
+
+
+def _command(verb: str) -> str:
+    """``verb`` with those of the settings typed that it shares."""
+    typed = [item for item in sys.argv[2:] if item.lstrip("+~").partition("=")[0].partition(".")[0] in SHARED]
+    return shlex.join(["ldm", verb, *typed])

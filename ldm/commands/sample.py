@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from ldm.commands.run import plain, require_file
@@ -24,16 +25,22 @@ from ldm.training.panels import describe
 logger = logging.getLogger(__name__)
 
 SHOWN = 16  # samples in the mosaic
+DEFAULT_COUNT = 16  # samples when neither `n` nor a table says how many
 OPTIONS = {
     "steps": "num_inference_steps",
     "sampler": "sampler",
     "guidance_scale": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "guidance_rescale": "guidance_rescale",
     "timestep_spacing": "timestep_spacing",
 }
 
 
 def run(config: DictConfig) -> list[Path]:
     """Draw samples and write them with their table, mosaic and provenance; returns the images' paths."""
+    for name in ("n", "batch_size"):
+        if config[name] is not None and config[name] < 1:
+            raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
     out = Path(config.run_dir)
     model, path = load_model(config)
     rows = model.covariate_rows(asked_rows(config.covariates, model), _count(config), config.seed)
@@ -45,7 +52,7 @@ def run(config: DictConfig) -> list[Path]:
 
 def load_model(config: DictConfig) -> tuple[LatentDiffusionModel, Path]:
     """The model on the fastest device."""
-    path = require_file(config.model, "diffusion model", "ldm train-ldm")
+    path = require_file(config.model, "diffusion model", "train-ldm")
     return LatentDiffusionModel.load(path, "cuda" if torch.cuda.is_available() else "cpu"), path
 
 
@@ -53,9 +60,10 @@ def draw(
     model: LatentDiffusionModel, path: Path, out: Path, rows: Sequence[Mapping[str, Any]], config: DictConfig
 ) -> list[Path]:
     """Write one sample a row, with a progress bar."""
-    options = {name: config[key] for key, name in OPTIONS.items() if config.get(key) is not None}
+    options = sampling_options(config)
     provenance = {
         "model_sha256": read_header(path)["tensors_sha256"],
+        "simulated_training_data": model.header.get("simulated", False),
         "sampling": {**vars(model.defaults), **options},
         "precision": config.get("precision", "auto"),
     }
@@ -74,10 +82,18 @@ def draw(
         )
 
 
+def sampling_options(config: DictConfig) -> dict[str, Any]:
+    """What was asked for beside the model's defaults, in the model's words."""
+    asked = {name: config.get(key) for key, name in OPTIONS.items()}
+    options = {name: plain(v) if OmegaConf.is_config(v) else v for name, v in asked.items() if v is not None}
+    return options if config.get("eta") is None else options | {"options": {"eta": config.eta}}
+
+
 def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, Any]] | None:
     """Rows of a table, of one mapping or of a list of mappings; None stays None.
 
-    A table's columns that are no covariates of the model (such as participant_id) are left aside; "n/a" is null.
+    A table's columns that are no covariates of the model (such as participant_id) are left aside, unless one looks
+    like a covariate that the table lacks; "n/a" is null.
     """
     if covariates is None:
         return None
@@ -92,7 +108,20 @@ def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, A
     known = [name for name in table.columns if name in model.schema.names]
     if not known:
         raise LdmError(f"{path} has no column of the model's covariates: {', '.join(model.schema.names)}.")
+    _expect_no_misspelt_column(path, table.columns, model.schema.names)
     return [{name: row[name] for name in known if row[name] is not None} for row in table.rows]
+
+
+def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    absent = {name.casefold(): name for name in names if name not in columns}
+    for column in columns:
+        # Closer than for other hints: a table may well have a column 'site' that is not meant to be 'sex'.
+        match = [] if column in names else difflib.get_close_matches(column.casefold(), absent, n=1, cutoff=0.8)
+        if match:
+            raise LdmError(
+                f"{path}: column '{column}' is no covariate of the model. Did you mean '{absent[match[0]]}'? "
+                "Rename or remove it."
+            )
 
 
 def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
@@ -103,5 +132,6 @@ def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence
 
 
 def _count(config: DictConfig) -> int | None:
+    """Number of samples; None is one a row."""
     table = isinstance(config.covariates, str | ListConfig)
-    return None if table else config.n
+    return DEFAULT_COUNT if config.n is None and not table else config.n

@@ -14,17 +14,21 @@ from rich.progress import track
 
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
+from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instrument
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
+from ldm.model.build import construct
 from ldm.model.first_stage import FirstStage
-from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
 from ldm.training.data import LatentDataModule
-from ldm.training.fit import fit
+from ldm.training.ema import EMA
+from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.panels import SamplePanels
 
@@ -34,8 +38,9 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
-    command = f"ldm train-vae data={config.data.name}" if config.data.name != "simulated" else "ldm train-vae"
-    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", command))
+    check_trainer(plain(config.trainer))
+    check_diffusion(plain(config.ldm))
+    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
     datamodule = prepared(cohort_datamodule(config))
     same_preprocessing(first_stage, datamodule)
@@ -51,7 +56,7 @@ def run(config: DictConfig) -> dict[str, float]:
 
     def save_model(metrics: Mapping[str, float]) -> None:
         model.header |= {"metrics": dict(metrics), "steps": module.step}
-        model.save(run_dir / "model.safetensors")
+        save_averages(model, module.ema, run_dir)
 
     metrics = fit(
         module,
@@ -63,6 +68,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "condition": model.header["condition"],
             "schedule": model.header["schedule"],
             "prediction_type": model.prediction_type,
+            "learned_variance": model.learned_variance,
             "ema_decays": ldm["ema_decays"],
             "first_stage_sha256": first_stage.sha256,
             "split_sha256": datamodule.cohort.split_hash,
@@ -75,6 +81,26 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
+
+
+def save_averages(model: LatentDiffusionModel, ema: EMA, folder: Path) -> None:
+    """Write ``model.safetensors``, and ``model-ema<decay>.safetensors`` of every decay after the first."""
+    for index, (decay, network) in enumerate(zip(ema.decays, ema.averages, strict=True)):
+        model.network, model.header["ema_decay"] = network, decay
+        model.save(folder / (f"model-ema{decay}.safetensors" if index else "model.safetensors"))
+    model.network, model.header["ema_decay"] = ema.module, ema.decays[0]
+
+
+def check_diffusion(ldm: Mapping[str, Any]) -> None:
+    """Refuse what the diffusion section asks for in vain, before anything is read or encoded.
+
+    Raises:
+        LdmError: an unknown name, a number outside its range, or two settings that exclude each other.
+    """
+    check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
+    sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
+    if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
+        raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
 
 
 def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
@@ -127,6 +153,7 @@ def posterior_cache(
         "first_stage": first_stage.sha256,
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "cohort": datamodule.cohort.split_hash,
+        "records": content_hash(datamodule.cohort.records),
         "split": split,
         "schema": datamodule.schema.to_dict(),
         "augment": data["augment"] if augmented else None,
@@ -163,6 +190,7 @@ def build_model(
     ldm = plain(config.ldm)
     header: dict[str, Any] = {
         "cohort": datamodule.cohort.name,
+        "simulated": config.data.simulate is not None,
         "split_sha256": datamodule.cohort.split_hash,
         "first_stage": dict(first_stage.config),
         "first_stage_sha256": first_stage.sha256,
@@ -171,6 +199,7 @@ def build_model(
         "condition": ldm["condition"],
         "schedule": ldm["schedule"],
         "prediction_type": ldm["prediction_type"],
+        "learned_variance": ldm["learned_variance"],
         "loss": ldm["loss"],
         "sampling": ldm["sampling"],
         "metrics": {},

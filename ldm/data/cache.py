@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,13 +35,14 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
-    from ldm.data.cohort import Record
+    from ldm.data.draft import Record
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32")
 GB = 1e9
+ABANDONED_SECONDS = 24 * 3600
 
 
 class VolumeCache:
@@ -114,6 +116,7 @@ def build_cache(
     if folder.exists():
         logger.info("The cache %s is out of date or damaged; building it anew.", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder.parent)
     _expect_room(folder.parent, index)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
@@ -124,6 +127,15 @@ def build_cache(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return VolumeCache(folder, index["count"], index["labels"])
+
+
+def content_hash(records: Sequence[Record]) -> str:
+    """SHA-256 over ids, references, covariates and the state (size, time stamp) of the files of ``records``.
+
+    What was derived from ``records`` is out of date when it changes: a row was corrected or moved, a file replaced.
+    """
+    rows = [[record.id, record.references, record.covariates] for record in records]
+    return hashlib.sha256(json.dumps([rows, _signatures(records)]).encode()).hexdigest()
 
 
 def _index(
@@ -181,6 +193,17 @@ def _open(folder: Path, index: dict[str, Any]) -> VolumeCache | None:
     except (OSError, ValueError):  # absent, or cut short
         return None
     return cache
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds left; one that is under way writes at least once in `ABANDONED_SECONDS`."""
+    for building in folder.glob(".building-*"):
+        try:
+            latest = max(path.stat().st_mtime for path in (building, *building.iterdir()))
+        except OSError:  # another process was quicker
+            continue
+        if time.time() - latest > ABANDONED_SECONDS:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _expect_room(folder: Path, index: dict[str, Any]) -> None:

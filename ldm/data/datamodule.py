@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.augmentation import Augmentation
 from ldm.data.cache import VolumeCache, build_cache, open_cache
 from ldm.data.checks import check_cohort
-from ldm.data.cohort import Cohort, complete_config
+from ldm.data.cohort import Cohort
+from ldm.data.cohort_config import complete_config
 from ldm.data.geometry import per_axis
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.sampler import EpochSampler

@@ -102,6 +102,13 @@ class IntensityRecipe:
         a, b = self.range
         return ((array.astype(np.float64) - a) / (b - a) * (self.upper - self.lower) + self.lower).astype(np.float32)
 
+    def again(self, array: np.ndarray) -> np.ndarray:
+        """Undo `invert`: stored units into the model's range. Unlike `apply`, nothing is fitted or checked."""
+        if self.kind != "window":
+            return array
+        a, b = self.range
+        return ((array.astype(np.float64) - self.lower) / (self.upper - self.lower) * (b - a) + a).astype(np.float32)
+
     def background(self, array: np.ndarray) -> float:
         """Value for padding an image to which the recipe was applied: the lowest value there is."""
         return float(array.min()) if self.kind == "zscore" else self.range[0]

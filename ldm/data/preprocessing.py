@@ -31,7 +31,7 @@ from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
-    from ldm.data.cohort import Record
+    from ldm.data.draft import Record
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,12 @@
 Every prediction type is a linear form of the two, ``output = p x0 + q eps``, and so is ``x_t = alpha x0 +
 sigma eps``. The one table below holds ``(p, q)``; the training target is that form, and reading the output is
 the solution of the two equations. Neither assumes ``alpha^2 + sigma^2 = 1``.
+
+``edm`` is the raw network F of Karras et al. 2022, eq. 7, for data of unit standard deviation, which scaled latents
+have: ``D(x) = x / (1 + s^2) + s / sqrt(1 + s^2) F`` at ``x = x0 + s eps``. Setting D = x0 gives ``F = (s x0 - eps) /
+sqrt(1 + s^2)``; a path with another alpha is this one in ``x_t / alpha``, where ``s = sigma / alpha``. On a
+variance-preserving path it is -v. Its factors c_in and c_noise belong to the schedule: they say what the network sees,
+not what it says.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ _COEFFICIENTS: dict[str, Callable[[Level, Level], tuple[Level, Level]]] = {
     "epsilon": lambda alpha, sigma: (0.0, 1.0),  # Ho et al. 2020, eq. 14
     "sample": lambda alpha, sigma: (1.0, 0.0),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),  # Salimans & Ho 2022, v = alpha eps - sigma x0
+    "flow": lambda alpha, sigma: (-1.0, 1.0),  # velocity of the straight path: Liu et al. 2023, Esser et al. 2024
+    "edm": lambda alpha, sigma: (sigma / _norm(alpha, sigma), -alpha / _norm(alpha, sigma)),
 }
 PREDICTION_TYPES = tuple(_COEFFICIENTS)
 
@@ -101,6 +109,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _coefficients(prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     return _COEFFICIENTS[prediction_type](alpha, sigma)
+
+
+def _norm(alpha: Level, sigma: Level) -> Level:
+    return (alpha**2 + sigma**2) ** 0.5
 
 
 def _over(level: Level, x: Tensor) -> Level:

@@ -1,8 +1,8 @@
-"""How much signal and noise ``x_t`` holds (`NoiseSchedule`), and the pairs of times a sampler walks (`Grid`).
+"""How much signal and noise ``x_t`` holds (`Schedule`), and the pairs of times a sampler walks (`Grid`).
 
 Everywhere ``x_t = alpha(t) x0 + sigma(t) eps`` with ``eps ~ N(0, I)``. For the discrete schedules of Ho et
-al. (2020) ``alpha = sqrt(alphas_cumprod)`` and ``sigma = sqrt(1 - alphas_cumprod)``; a `Grid` takes any other
-pair of functions as well, such as ``alpha = 1 - t, sigma = t`` (flow) or ``alpha = 1`` (EDM).
+al. (2020), here, ``alpha = sqrt(alphas_cumprod)`` and ``sigma = sqrt(1 - alphas_cumprod)``; those in continuous
+time are in `ldm.diffusion.continuous`. Samplers know a `Grid` and no schedule.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import itertools
 import logging
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,8 +27,13 @@ from ldm.errors import LdmError
 logger = logging.getLogger(__name__)
 
 #: Range of beta each schedule has where none is given: DDPM (Ho et al. 2020, section 4) and latent diffusion
-#: (Rombach et al. 2022, the released configurations). The cosine schedule has no such range.
-DEFAULT_BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (1.5e-3, 1.95e-2), "cosine": (None, None)}
+#: (Rombach et al. 2022, the released configurations). Cosine and sigmoid define alphas_cumprod and have no such range.
+DEFAULT_BETAS = {
+    "linear": (1e-4, 2e-2),
+    "scaled_linear": (1.5e-3, 1.95e-2),
+    "cosine": (None, None),
+    "sigmoid": (None, None),
+}
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
 #: A chain that starts from pure noise at a level with more signal than this is told so in the log.
@@ -38,9 +44,10 @@ MAX_SIGNAL_AT_START = 0.1
 class Step:
     """One move of a sampler, from ``t`` to the less noisy ``t_prev``; every number a python int or float.
 
-    ``t`` is what the network is told: an integer index for a discrete schedule, a float in continuous time.
-    ``alpha, sigma`` belong to ``t``; ``alpha_prev, sigma_prev`` to ``t_prev``. A discrete schedule writes
-    the data end as ``t_prev = -1``; a sampler recognises it by ``sigma_prev == 0``.
+    ``t`` is the schedule's own time: an integer index for a discrete schedule, a float in continuous time; what
+    the network is told of it is `Schedule.network_time`. ``alpha, sigma`` belong to ``t``; ``alpha_prev,
+    sigma_prev`` to ``t_prev``. A discrete schedule writes the data end as ``t_prev = -1``; a sampler recognises
+    it by ``sigma_prev == 0``.
     """
 
     t: int | float
@@ -85,37 +92,156 @@ class Grid:
         for (t, alpha, sigma), (t_prev, alpha_prev, sigma_prev) in itertools.pairwise(points):
             yield Step(t, t_prev, alpha, sigma, alpha_prev, sigma_prev)
 
+    @property
+    def start_std(self) -> float:
+        """Standard deviation of x at the first point for data whose own is 1: that of the starting noise."""
+        return math.hypot(self.alpha[0], self.sigma[0])
+
+    def last(self, count: int) -> Grid:
+        """The last ``count`` moves; image-to-image with strength s is the last ``round(s N)`` of N.
+
+        Raises:
+            LdmError: ``count`` outside 1 .. N.
+        """
+        check_count("The number of moves to keep", count)
+        if count > len(self):
+            raise LdmError(f"Cannot keep {count} moves of a grid that has {len(self)}.")
+        return Grid(*(points[-count - 1 :] for points in (self.t, self.alpha, self.sigma)))
+
+    def below(self, t: int | float) -> Grid:
+        """The moves that start at time ``t`` or later in the chain: from level L of T on, as in anomaly detection.
+
+        Raises:
+            LdmError: no move starts there.
+        """
+        count = sum(time <= t for time in self.t[:-1])
+        if not count:
+            raise LdmError(f"No move of this grid starts at t <= {t}: its last one starts at {self.t[-2]}.")
+        return self.last(count)
+
+
+def chain(times: Sequence[int | float], alpha: Sequence[float], sigma: Sequence[float], end: int | float) -> Grid:
+    """A grid through these points down to the data, at time ``end``; a start with much signal in it is logged."""
+    signal = alpha[0] / math.hypot(alpha[0], sigma[0])
+    if signal > MAX_SIGNAL_AT_START:
+        logger.warning(
+            "The chain starts at t = %s, where the model expects a signal of alpha = %.2f and not pure "
+            "noise: use timestep_spacing 'trailing', or a schedule that ends in more noise.",
+            f"{times[0]:.4g}",
+            signal,
+        )
+    return Grid((*times, end), (*alpha, 1.0), (*sigma, 0.0))
+
+
+class Schedule(ABC):
+    """What training and sampling ask of a schedule; immutable, and a frozen dataclass of its parameters.
+
+    Times are tensors (B,): integers in 0 .. T - 1 for a discrete schedule, floats in continuous time. What depends
+    on them comes back in float32 on their device, never in less, whatever precision the network runs in.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def time_at(self, u: Tensor) -> Tensor:
+        """Inverse distribution function of training times: ``u`` (B,) in [0, 1] -> (B,), noisier with larger ``u``.
+
+        Training draws ``time_at(rand)``; validation takes the quantiles in the middle of its bins.
+        """
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal level: (B,) -> (B,) float32."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level: (B,) -> (B,) float32."""
+
+    @abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """``log(alpha^2 / sigma^2)``: (B,) -> (B,) float32, infinite at pure noise and pure data."""
+
+    @abstractmethod
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is told of ``t``: (B,) -> (B,) float32 on the scale of its sinusoidal embedding."""
+
+    @abstractmethod
+    def grid(self, num_inference_steps: int, timestep_spacing: str = "trailing") -> Grid:
+        """The times of a chain of ``num_inference_steps`` moves that ends at the data."""
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What the network's noisy input is multiplied by, so that it has about unit variance: (B,) -> (B,)."""
+        return torch.ones_like(self.alpha(t))
+
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """Whether the noisiest training time has no signal at all, alpha = 0."""
+        return self.alpha(self.time_at(torch.ones(1, device="cpu"))).item() == 0
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Draw ``x_t = alpha(t) x0 + sigma(t) eps`` (Ho et al. 2020, eq. 4), in float32.
+
+        Args:
+            x0, eps: (B, C, *S), of any floating dtype.
+            t: (B,).
+        """
+        shape = (-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = self.alpha(t).view(shape), self.sigma(t).view(shape)  # (B, 1, ..., 1)
+        return alpha * x0.float() + sigma * eps.float()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Kind and parameters, as plain values for a file."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`. Raises LdmError for a key the schedule does not have."""
+        values = {key: value for key, value in values.items() if key != "kind"}
+        for key in values:
+            check_choice(f"Key of a {cls.kind} schedule,", key, cls.__dataclass_fields__)
+        return cls(**values)
+
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """The discrete variance-preserving schedule a model is trained with: ``t`` in ``0 .. T - 1``.
 
-    Immutable. The tables are float64 on the CPU and never change dtype or device; what depends on a tensor
+    The tables are float64 on the CPU and never change dtype or device; what depends on a tensor
     ``t`` comes back as float32 on the device of ``t``, what a sampler needs as python floats.
 
     Args:
         num_train_timesteps: T.
         beta_schedule: ``"linear"`` (Ho et al. 2020), ``"scaled_linear"`` (linear in sqrt(beta): Rombach et
-            al. 2022, whose code calls it "linear") or ``"cosine"`` (Nichol & Dhariwal 2021, eq. 17 with
-            s = 0.008, betas capped at 0.999).
+            al. 2022, whose code calls it "linear"), ``"cosine"`` (Nichol & Dhariwal 2021, eq. 17 with
+            s = 0.008, betas capped at 0.999) or ``"sigmoid"`` (Jabri et al. 2022, with start -3, end 3 and
+            temperature 1, capped alike; not the sigmoid of betas that MONAI has under this name).
         beta_start, beta_end: first and last beta of the linear schedules, 0 < beta_start <= beta_end < 1; by
-            default those of the schedule's paper (`DEFAULT_BETAS`). The cosine schedule has none.
+            default those of the schedule's paper (`DEFAULT_BETAS`). Cosine and sigmoid have none.
+        rescale_zero_terminal_snr: shift and scale ``sqrt(abar)`` so that the last time is pure noise (Lin et
+            al. 2024, algorithm 1).
 
     Raises:
         LdmError: a parameter outside these ranges, or one the schedule does not have.
     """
 
+    kind: ClassVar[str] = "discrete"
+
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
     beta_start: float | None = None
     beta_end: float | None = None
+    rescale_zero_terminal_snr: bool = False
 
     def __post_init__(self):
         check_count("num_train_timesteps", self.num_train_timesteps)
         check_choice("beta_schedule", self.beta_schedule, DEFAULT_BETAS)
-        if self.beta_schedule == "cosine":
+        if self.rescale_zero_terminal_snr and self.num_train_timesteps < 2:
+            raise LdmError("rescale_zero_terminal_snr needs num_train_timesteps of at least 2, got 1.")
+        if DEFAULT_BETAS[self.beta_schedule] == (None, None):
             if (self.beta_start, self.beta_end) != (None, None):
-                raise LdmError("beta_start and beta_end have no effect on the cosine schedule: remove them.")
+                raise LdmError(
+                    f"beta_start and beta_end have no effect on the {self.beta_schedule} schedule: remove them."
+                )
             return
         for name, default in zip(("beta_start", "beta_end"), DEFAULT_BETAS[self.beta_schedule], strict=True):
             value = default if getattr(self, name) is None else getattr(self, name)
@@ -150,16 +276,14 @@ class NoiseSchedule:
         """``log(alpha^2 / sigma^2)``: integer ``t`` (B,) -> (B,) float32 on the device of ``t``."""
         return _look_up(torch.logit(self._alphas_cumprod), t)
 
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Draw ``x_t = alpha(t) x0 + sigma(t) eps`` (Ho et al. 2020, eq. 4), in float32.
+    def time_at(self, u: Tensor) -> Tensor:
+        """Uniform: ``floor(u T)``, int64."""
+        total = self.num_train_timesteps
+        return (u.double() * total).long().clamp(0, total - 1)
 
-        Args:
-            x0, eps: (B, C, *S), of any floating dtype.
-            t: (B,) integers in 0 .. T - 1.
-        """
-        shape = (-1, *[1] * (x0.ndim - 1))
-        alpha, sigma = self.alpha(t).view(shape), self.sigma(t).view(shape)  # (B, 1, ..., 1)
-        return alpha * x0.float() + sigma * eps.float()
+    def network_time(self, t: Tensor) -> Tensor:
+        """The index itself."""
+        return t.float()
 
     def grid(self, num_inference_steps: int, timestep_spacing: str = "trailing") -> Grid:
         """The times of a chain of ``num_inference_steps`` moves, ending at the data (``t_prev = -1``).
@@ -194,44 +318,42 @@ class NoiseSchedule:
         times = [int(t) for t in times]
 
         abar = self._alphas_cumprod[times].tolist()
-        alpha = (*(math.sqrt(value) for value in abar), 1.0)
-        sigma = (*(math.sqrt(1 - value) for value in abar), 0.0)
-        if alpha[0] > MAX_SIGNAL_AT_START:
-            logger.warning(
-                "The chain starts at t = %d, where the model expects a signal of alpha = %.2f and not pure "
-                "noise: use timestep_spacing 'trailing', or a schedule with larger betas.",
-                times[0],
-                alpha[0],
-            )
-        return Grid((*times, -1), alpha, sigma)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The four parameters, as plain values for a file."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NoiseSchedule:
-        """Rebuild from `to_dict`. Raises LdmError for a key the schedule does not have."""
-        legal = tuple(cls.__dataclass_fields__)
-        for key in values:
-            check_choice("Schedule key", key, legal)
-        return cls(**values)
+        return chain(times, [math.sqrt(value) for value in abar], [math.sqrt(1 - value) for value in abar], end=-1)
 
     @cached_property
-    def _betas(self) -> Tensor:
+    def _betas(self) -> Tensor:  # on the CPU, whatever device new tensors are made on by default
+        return _rescaled(self._plain_betas) if self.rescale_zero_terminal_snr else self._plain_betas
+
+    @cached_property
+    def _plain_betas(self) -> Tensor:
         steps = self.num_train_timesteps
         if self.beta_schedule == "linear":
-            return torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float64)
+            return torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float64, device="cpu")
         if self.beta_schedule == "scaled_linear":
-            return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float64) ** 2
-        # Nichol & Dhariwal 2021, eq. 17: abar(t) = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) pi / 2)
-        times = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (
+                torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
+            )
+        times = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+        if self.beta_schedule == "cosine":
+            # Nichol & Dhariwal 2021, eq. 17: abar(t) = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) pi / 2)
+            f = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+        else:
+            # Jabri et al. 2022, as in Chen 2023, algorithm 1: abar(t) = (S(e) - S(s + (e - s) t / T)) / (S(e) - S(s))
+            # with the logistic S, s = -3, e = 3; f(t) is its numerator
+            f = torch.sigmoid(times.new_tensor(3.0)) - torch.sigmoid(6 * times - 3)
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
     @cached_property
     def _alphas_cumprod(self) -> Tensor:
         return torch.cumprod(1 - self._betas, dim=0)
+
+
+def _rescaled(betas: Tensor) -> Tensor:
+    """Lin et al. 2024, algorithm 1: the same first level, no signal at the last; betas (T,) -> (T,)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    abar = root**2
+    return torch.cat([betas[:1], 1 - abar[1:] / abar[:-1]])
 
 
 def _look_up(table: Tensor, t: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ networks it names come from a fixed table (:mod:`ldm.model.build`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ def read_header(path: Path, kind: str | None = None) -> dict[str, Any]:
             text = (file.metadata() or {}).get(HEADER_KEY)
     except (SafetensorError, OSError, ValueError) as error:
         raise LdmError(
-            f"{path} is not a readable safetensors file ({error}). Model files are written by `ldm train-vae` and "
-            "`ldm train-ldm`; pickled checkpoints (.ckpt, .pt) are not loaded."
+            f"{path} is not a readable safetensors file ({error}). Model files are written by `ldm train-vae`, "
+            "`ldm train-ldm` and, from MONAI weights, `ldm import-weights`; pickled checkpoints (.ckpt, .pt) are not "
+            "loaded."
         ) from error
     try:
         header = json.loads(text) if text else None
@@ -88,6 +90,22 @@ def read_header(path: Path, kind: str | None = None) -> dict[str, Any]:
     return header
 
 
+def names_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``load(cls, path, ...)``: a header that lacks something is an `LdmError` that names file and key."""
+
+    @functools.wraps(load)
+    def wrapper(cls: type, path: str | Path, *arguments: Any, **options: Any) -> Any:
+        try:
+            return load(cls, path, *arguments, **options)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise LdmError(
+                f"{path}: its header does not describe a whole model ({type(error).__name__}: {error}). It may come "
+                "from another version of this package."
+            ) from error
+
+    return wrapper
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a model file, on the CPU."""
     with safe_open(Path(path), "pt") as file:
@@ -96,18 +114,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load a state dict that has to fit exactly; the error lists what is missing, unexpected or of another shape."""
-    own = module.state_dict()
-    faults = [f"missing: {name} {tuple(own[name].shape)}" for name in sorted(own.keys() - tensors.keys())]
-    faults += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - own.keys())]
-    faults += [
-        f"shape: {name} is {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the network"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
+    faults = differences(module.state_dict(), tensors)
     if faults:
-        shown = "\n  ".join(faults[:12]) + (f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else "")
+        shown = "\n  ".join(faults)
         raise LdmError(f"{path} does not fit the network that its header describes:\n  {shown}")
     module.load_state_dict(dict(tensors))
+
+
+def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: int = 6) -> list[str]:
+    """What hinders ``tensors`` from being loaded as ``own``: one line a fault, at most ``shown`` of a kind.
+
+    A missing name comes with the nearest unexpected one, and the other way round.
+    """
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    reshaped = [name for name in sorted(own.keys() & tensors.keys()) if own[name].shape != tensors[name].shape]
+    lines = [f"missing: {name} {tuple(own[name].shape)}{nearest(name, unexpected)}" for name in missing[:shown]]
+    lines += _left_out("missing", missing, shown)
+    lines += [f"unexpected: {name} {tuple(tensors[name].shape)}{nearest(name, missing)}" for name in unexpected[:shown]]
+    lines += _left_out("unexpected", unexpected, shown)
+    lines += [
+        f"shape: {name} is {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the network"
+        for name in reshaped[:shown]
+    ]
+    return lines + _left_out("of another shape", reshaped, shown)
+
+
+def _left_out(kind: str, names: Sequence[str], shown: int) -> list[str]:
+    return [f"... and {len(names) - shown} more {kind}"] if len(names) > shown else []
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

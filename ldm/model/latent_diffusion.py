@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ from ldm.data.distribution import CovariateDistribution
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion import guidance, noise
-from ldm.diffusion.prediction import Prediction, to_prediction
+from ldm.diffusion.checks import check_choice
+from ldm.diffusion.prediction import Denoise, Prediction, to_prediction
+from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.diffusion.samplers import sampler as find_sampler
-from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Step
 from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
-from ldm.model.file import load_strict, read_header, read_tensors, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
 from ldm.model.network import ConditionalDenoiser
 from ldm.precision import autocast
@@ -39,17 +42,33 @@ class SamplingOptions:
 
     Attributes:
         sampler: a name in :data:`ldm.diffusion.samplers.SAMPLERS`.
-        num_inference_steps: network calls a sample (twice that with guidance).
+        num_inference_steps: moves of the chain; a network call each, two with ``heun``, times the conditions evaluated.
         timestep_spacing: ``trailing``, ``leading`` or ``linspace``.
-        guidance_scale: 1 is the conditional model itself; larger exaggerates the condition.
+        guidance_scale: 1 is the conditional model itself; larger exaggerates the condition. A mapping such as
+            ``{"age": 2.0}`` gives covariates scales of their own, 1 where none is given:
+            ``eps = eps(c) + sum_k (s_k - 1) (eps(c) - eps(c without k))``.
+        guidance_interval: ``(low, high)`` of sigma / alpha, where alone there is guidance; None for everywhere.
+        guidance_rescale: 0 is off; towards 1 the guided prediction keeps the spread of the conditional one.
         options: further options of the sampler, e.g. ``{"eta": 0.5}``.
+
+    Raises:
+        LdmError: an unknown name, or a number outside its range.
     """
 
     sampler: str = "ddim"
     num_inference_steps: int = 50
     timestep_spacing: str = "trailing"
-    guidance_scale: float = 1.0
+    guidance_scale: float | Mapping[str, float] = 1.0
+    guidance_interval: Sequence[float] | None = None
+    guidance_rescale: float = 0.0
     options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        find_sampler(self.sampler, **dict(self.options or {}))
+        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        guidance.check_rescale(self.guidance_rescale)
+        if self.guidance_interval is not None:
+            guidance.check_interval(self.guidance_interval)
 
 
 @dataclass(frozen=True)
@@ -99,10 +118,12 @@ class LatentDiffusionModel(nn.Module):
         self.first_stage = freeze(first_stage or build_first_stage(header["first_stage"]))
         self.latent_space = space
         self.network = ConditionalDenoiser(header, schema)
-        self.schedule = NoiseSchedule.from_dict(header["schedule"])
-        self.prediction_type = header["prediction_type"]
         self.latent_shape = tuple(header["latent_shape"])
-        self.defaults = SamplingOptions(**header["sampling"])
+        self.schedule = schedule_from_dict(header["schedule"], math.prod(self.latent_shape[1:]))
+        self.prediction_type = header["prediction_type"]
+        self.learned_variance = bool(header.get("learned_variance"))
+        check_process(self.schedule, self.prediction_type, self.learned_variance)
+        self.defaults = construct(SamplingOptions, header["sampling"], "ldm.sampling")
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +144,7 @@ class LatentDiffusionModel(nn.Module):
         write_model(path, self.state_dict(), header)
 
     @classmethod
+    @names_the_file
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionModel:
         """Read a model file; nothing in it is executed.
 
@@ -236,13 +258,50 @@ class LatentDiffusionModel(nn.Module):
     ) -> Tensor:
         """Scaled latents ``(B, C, *S)`` for encoded covariates ``(B, K)``."""
         settings = self.defaults if settings is None else settings
-        streams = noise.generators(seed, indices)
-        x = noise.draw(streams, self.latent_shape).to(self.device)  # (B, C, *S)
         grid = self.schedule.grid(settings.num_inference_steps, settings.timestep_spacing)
-        denoise = guidance.classifier_free(
-            self.denoise_many, values, torch.full_like(values, torch.nan), settings.guidance_scale
-        )
+        streams = noise.generators(seed, indices)
+        x = grid.start_std * noise.draw(streams, self.latent_shape).to(self.device)  # (B, C, *S)
+        denoise = self.guided_denoise(values, settings)
         return find_sampler(settings.sampler, **dict(settings.options or {}))(denoise, x, grid, streams)
+
+    def guided_denoise(self, values: Tensor, settings: SamplingOptions) -> Denoise:
+        """The ``denoise`` of a sampler, guided as the settings say, for encoded covariates ``(B, K)``.
+
+        Raises:
+            LdmError: a guidance scale for a covariate that the model does not have, or for a model without nulls.
+        """
+        self._require_learned_nulls(values, settings)
+        scale, rescale = settings.guidance_scale, settings.guidance_rescale
+        if isinstance(scale, Mapping):
+            nulls = [self._without(values, name) for name in scale]
+            denoise = guidance.part_by_part(self.denoise_many, values, nulls, list(scale.values()), rescale)
+        else:
+            null = torch.full_like(values, torch.nan)
+            denoise = guidance.classifier_free(self.denoise_many, values, null, scale, rescale)
+        if settings.guidance_interval is None:
+            return denoise
+        plain = guidance.guided(self.denoise_many, (values,), (1.0,))
+        return guidance.within(settings.guidance_interval, denoise, plain)
+
+    def _without(self, values: Tensor, name: str) -> Tensor:
+        check_choice("guidance_scale: covariate", name, self.schema.names)
+        hidden = values.clone()
+        hidden[:, list(self.schema.names).index(name)] = torch.nan
+        return hidden
+
+    def _require_learned_nulls(self, values: Tensor, settings: SamplingOptions) -> None:
+        """Refuse what needs a null of a model that was imported without one (``learned_null`` in the header)."""
+        if self.header.get("learned_null", True):
+            return
+        left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
+        if left_out:
+            raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
+        scale = settings.guidance_scale
+        if any(one != 1 for one in (scale.values() if isinstance(scale, Mapping) else [scale])):
+            raise LdmError(
+                f"guidance_scale is {scale}, but this model never learned to go without its covariates, which "
+                "guidance compares with. Legal: 1."
+            )
 
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Tensor]) -> list[Prediction]:
         """Predictions for the same ``x`` under several conditions, in one network call."""
@@ -250,8 +309,37 @@ class LatentDiffusionModel(nn.Module):
         values = torch.cat(list(conditions))  # (count * B, K)
         many = x.repeat(count, *(1,) * (x.ndim - 1))  # (count * B, C, *S)
         t = torch.full((len(many),), step.t, device=x.device)
-        output = self.network(many, t, values)  # (count * B, C, *S)
-        return [to_prediction(self.prediction_type, part, x, step.alpha, step.sigma) for part in output.chunk(count)]
+        output = self.evaluate(self.network, many, t, values)  # (count * B, C or 2 C, *S)
+        return [self.read_output(part, x, step.alpha, step.sigma) for part in output.chunk(count)]
+
+    def evaluate(self, network: nn.Module, x_t: Tensor, t: Tensor, values: Tensor) -> Tensor:
+        """What a network of this model says of ``x_t``, in training as in sampling: scaled input, its own time.
+
+        Args:
+            network: the model's, or the one that is being trained.
+            x_t: (B, C, *S).
+            t: (B,) times of the schedule.
+            values: (B, K).
+
+        Returns:
+            (B, C, *S) float32; with a learned variance (B, 2 C, *S).
+        """
+        scale = self.schedule.input_scale(t).view(-1, *[1] * (x_t.ndim - 1))  # (B, 1, ..., 1)
+        return network(scale * x_t, self.schedule.network_time(t), values).float()
+
+    def read_output(self, output: Tensor, x_t: Tensor, alpha: Any, sigma: Any) -> Prediction:
+        """A network output as a prediction; the second half of one with a learned variance is in [-1, 1].
+
+        Args:
+            output: of :meth:`evaluate`.
+            x_t: (B, C, *S).
+            alpha, sigma: of ``x_t``; a float, or (B,).
+        """
+        if not self.learned_variance:
+            return to_prediction(self.prediction_type, output, x_t, alpha, sigma)
+        output, v = output.chunk(2, dim=1)  # (B, C, *S) each
+        prediction = to_prediction(self.prediction_type, output, x_t, alpha, sigma)
+        return Prediction(prediction.x0, prediction.eps, (v + 1) / 2)
 
     @torch.no_grad()
     def decode(self, scaled: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class ConditionalDenoiser(nn.Module):
     """A denoiser that takes encoded covariates.
 
     Args:
-        header: model description with ``denoiser`` (arguments of the U-Net), ``condition`` and ``latent_shape``.
+        header: model description with ``denoiser`` (arguments of the U-Net), ``condition``, ``latent_shape`` and, where
+            the network also learns a variance and has twice the output channels, ``learned_variance``.
         schema: covariates to condition on.
 
     Raises:
@@ -36,6 +37,7 @@ class ConditionalDenoiser(nn.Module):
             **network,
             "spatial_dims": len(size),
             "latent_channels": latent_channels,
+            "out_channels": latent_channels * (2 if header.get("learned_variance") else 1),
             "plane_channels": 0 if self.conditioner is None else self.conditioner.plane_channels,
             "context_dim": None if self.conditioner is None else self.conditioner.context_dim(condition["dim"]),
             "embedding": mode == "adaptive_norm",
@@ -51,6 +53,6 @@ class ConditionalDenoiser(nn.Module):
             )
 
     def forward(self, x: Tensor, t: Tensor, values: Tensor) -> Tensor:
-        """Network output ``(B, C, *S)`` for noisy latents ``(B, C, *S)``, timesteps ``(B,)`` and codes ``(B, K)``."""
+        """Network output ``(B, C, *S)`` for noisy latents ``(B, C, *S)``, times ``(B,)`` and codes ``(B, K)``."""
         condition = Conditioning() if self.conditioner is None else self.conditioner(values)
         return self.denoiser(x, t, **condition.as_kwargs())

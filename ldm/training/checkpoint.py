@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class ResumeCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """A validated state is worth keeping: checkpoint and model file."""
-        if trainer.sanity_checking or not trainer.training:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._save(trainer, module)
         if trainer.is_global_zero:

@@ -66,14 +66,22 @@ def fit(
     Raises:
         LdmError: the checkpoint in ``run_dir`` belongs to another configuration.
     """
-    _check_keys(trainer)
+    check_trainer(trainer)
     run_dir = Path(run_dir)
     checkpoint = run_dir / "last.ckpt"
     budget = Budget(trainer["max_steps"], trainer["max_time"])
     module.budget = budget
     state = read_checkpoint(checkpoint, identity) if checkpoint.is_file() else None
     lightning = _trainer(
-        trainer, budget, run_dir, label, monitor, loggers, callbacks, lambda: save_model(_validation(module))
+        trainer,
+        budget,
+        run_dir,
+        label,
+        monitor,
+        loggers,
+        callbacks,
+        lambda: save_model(_validation(module)),
+        module.accumulate,
     )
     lightning.callbacks.insert(0, _Identity(identity))
     if state is not None and _finished(state, budget):
@@ -143,7 +151,7 @@ def _finished(state: Mapping[str, Any], budget: Budget) -> bool:
     return by_steps or by_time
 
 
-def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_model) -> L.Trainer:
+def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_model, accumulate: int) -> L.Trainer:
     limit = config["val_batches"]
     return L.Trainer(
         accelerator=config["accelerator"],
@@ -153,7 +161,7 @@ def _trainer(config, budget, run_dir, label, monitor, loggers, callbacks, save_m
         strategy=DDPStrategy(broadcast_buffers=False) if config["strategy"] == "ddp" else config["strategy"],
         precision=_precision(config),
         max_epochs=-1,  # the budget ends the run
-        val_check_interval=config["val_every"],
+        val_check_interval=config["val_every"] * accumulate,  # Lightning counts batches
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if limit is None else limit,
         num_sanity_val_steps=0,
@@ -180,7 +188,13 @@ def _precision(config: Mapping[str, Any]) -> str:
     return "bf16-mixed" if fast_at_bf16(torch.device("cuda" if wants_gpu else "cpu")) else "32-true"
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def check_trainer(config: Mapping[str, Any]) -> None:
+    """Refuse a ``trainer`` section that `fit` would refuse; to be asked before anything is read or prepared.
+
+    Raises:
+        LdmError: an unknown key, or no legal end of training.
+    """
+    Budget(config["max_steps"], config["max_time"])
     for name in config:
         if name not in TRAINER_KEYS:
             raise LdmError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.noise import step_generator
+from ldm.diffusion.posterior import variational_term
 from ldm.diffusion.prediction import target
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import LdmError
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.training.ema import EMA
 from ldm.training.module import StageModule
+
+logger = logging.getLogger(__name__)
 
 NUM_BINS = 10
 
@@ -29,7 +33,8 @@ class LatentDiffusion(StageModule):
     Args:
         model: holds the latent space, the schedule and the prediction type.
         optimizer: see :class:`ldm.training.module.StageModule`.
-        loss: ``weighting`` (``uniform`` or ``min_snr``) and ``gamma``.
+        loss: ``weighting`` (``uniform`` or ``min_snr``), ``gamma``, and ``vlb_weight`` of the variational bound, for
+            models that learn a variance (Nichol & Dhariwal 2021, eq. 16: 0.001).
         ema_decays: one average a decay; the first is the model's.
         log_every: steps between two logged steps.
     """
@@ -49,7 +54,7 @@ class LatentDiffusion(StageModule):
         model.network = self.ema.module
         self._model = [model]
         self.loss = dict(loss)
-        loss_weight(self.loss["weighting"], model.prediction_type, torch.zeros(1), self.loss["gamma"])  # fail early
+        self._check_loss()
         self.log_every = log_every
         self.validation: dict[str, Any] = {}
 
@@ -57,6 +62,17 @@ class LatentDiffusion(StageModule):
     def model(self) -> LatentDiffusionModel:
         """The model that is sampled from and saved: moving average, first stage, statistics."""
         return self._model[0]
+
+    def _check_loss(self) -> None:
+        loss, schedule = self.loss, self.model.schedule
+        loss_weight(loss["weighting"], self.model.prediction_type, torch.zeros(1), loss["gamma"])  # fail early
+        if loss["weighting"] == "min_snr" and schedule.ends_in_pure_noise:
+            logger.warning(
+                "ldm.loss.weighting=min_snr gives pure noise no weight, but this schedule's chains start there: "
+                "the first step is hardly learned. uniform is safer."
+            )
+        if self.model.learned_variance and not loss.get("vlb_weight", 0) > 0:
+            raise LdmError("ldm.learned_variance needs ldm.loss.vlb_weight > 0 (the paper's is 0.001).")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over denoiser and conditioner."""
@@ -71,7 +87,7 @@ class LatentDiffusion(StageModule):
     # --- training -----------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
-        """One batch: draw the posterior, the timestep and the noise; weighted squared error of the output."""
+        """One batch: draw the posterior, the time and the noise; weighted squared error of the output."""
         draws = self._draws(batch)
         weighted, plain = self.losses(self.network, batch, draws)
         loss = weighted.mean()
@@ -107,20 +123,24 @@ class LatentDiffusion(StageModule):
             x_t = model.schedule.add_noise(x0, draws["eps"], t)  # (B, C, *S)
             alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)  # (B,) each
             wanted = target(model.prediction_type, x0, draws["eps"], alpha, sigma)
-        output = network(x_t, t, values)  # (B, C, *S)
-        plain = (output.float() - wanted).square().flatten(1).mean(1)  # (B,)
+        output = model.evaluate(network, x_t, t, values)  # (B, C or 2 C, *S)
+        plain = (output[:, : x0.shape[1]] - wanted).square().flatten(1).mean(1)  # (B,)
         weight = loss_weight(
             self.loss["weighting"], model.prediction_type, model.schedule.log_snr(t), self.loss["gamma"]
         )
-        return weight * plain, plain
+        loss = weight * plain
+        if model.learned_variance:  # L_simple + lambda L_vlb, the sum over T terms estimated by one
+            term = variational_term(model.schedule, model.read_output(output, x_t, alpha, sigma), x0, t)
+            loss = loss + self.loss["vlb_weight"] * model.schedule.num_train_timesteps * term
+        return loss, plain
 
     def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All random numbers of a batch, one named stream a sample."""
         shape, (size, count) = batch["mean"].shape[1:], batch["covariates"].shape
         generators = self.generators(size)
-        total = self.model.schedule.num_train_timesteps
+        uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # (B,)
         draws = {
-            "t": torch.cat([torch.randint(total, (1,), generator=g) for g in generators]),
+            "t": self.model.schedule.time_at(uniforms),
             "hide": torch.stack([torch.rand(count + 1, generator=g) for g in generators]),
             "posterior": torch.stack([torch.randn(shape, generator=g) for g in generators]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in generators]),
@@ -133,18 +153,17 @@ class LatentDiffusion(StageModule):
     # --- validation ---------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start collecting the loss per bin of timesteps."""
+        """Start collecting the loss per bin of training times, each a tenth of them."""
         self.validation = {"sum": torch.zeros(NUM_BINS), "count": torch.zeros(NUM_BINS)}
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
-        """Loss of the moving average with fixed noise, each sample once in the middle of every bin of timesteps."""
+        """Loss of the moving average with fixed noise, each sample once in the middle of every bin of times."""
         shape, size = batch["mean"].shape[1:], len(batch["mean"])
-        width = self.model.schedule.num_train_timesteps / NUM_BINS
         for index in range(NUM_BINS):
             streams = [step_generator(self.seed, index, int(row)) for row in batch["row"]]
-            t = torch.full((size,), int((index + 0.5) * width), device=self.device)
+            middle = torch.full((size,), (index + 0.5) / NUM_BINS, dtype=torch.float64)
             draws = {
-                "t": t,
+                "t": self.model.schedule.time_at(middle).to(self.device),
                 "hide": None,
                 "posterior": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),
                 "eps": torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device),

@@ -22,6 +22,7 @@ class JsonlLogger(Logger):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.jsonl"
+        self._continued = False
 
     @property
     def name(self) -> str:
@@ -40,8 +41,19 @@ class JsonlLogger(Logger):
         """Append one line."""
         values = {name: round(float(value), 8) for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._continued:
+            _drop_cut_line(self.path)
+            self._continued = True
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Take off what a kill left of a last line; the next one would be glued to it."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

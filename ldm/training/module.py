@@ -43,6 +43,7 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
         self._micro = 0  # batches since the last optimisation step
+        self._rows: Sequence[int] | Tensor = ()  # records of the current batch, for messages
         self.budget: Budget | None = None
         self.latest: dict[str, float] = {}  # everything recorded last, for the progress bar and the model file
 
@@ -93,6 +94,7 @@ class StageModule(L.LightningModule):
             clip = self.settings["clip_norm"]
             norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf if clip is None else clip)
             norms[type(network).__name__] = float(norm)
+            self._require_finite_gradient(type(network).__name__, float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._step += 1
@@ -138,6 +140,7 @@ class StageModule(L.LightningModule):
         Raises:
             LdmError: naming the step, every term and the ids of the records in the batch.
         """
+        self._rows = rows
         if bool(torch.isfinite(loss)):
             return
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
@@ -146,6 +149,14 @@ class StageModule(L.LightningModule):
             f"The loss is not finite at step {self.step}: {values}. Records of the batch: {ids}. "
             "Lower optimizer.lr, set optimizer.clip_norm, or try trainer.precision=32-true."
         )
+
+    def _require_finite_gradient(self, network: str, norm: float) -> None:
+        """A finite loss can have a gradient that is not; one step with it would spoil every weight."""
+        if not math.isfinite(norm):
+            raise LdmError(
+                f"The gradient of {network} is not finite at step {self.step}; no step was taken. Records of the batch "
+                f"are {', '.join(self.record_names(self._rows))}. Lower optimizer.lr, or try trainer.precision=32-true."
+            )
 
     def record_names(self, rows: Sequence[int] | Tensor) -> list[str]:
         """Ids of cohort rows, for messages; the numbers themselves without a data module."""

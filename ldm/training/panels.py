@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.training import figures
 
@@ -16,16 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 class FigureCallback(Callback):
-    """Writes figures into ``figures/`` of the run and hands them to every logger with ``log_image``."""
+    """Writes figures into ``figures/`` of the run and hands them to every logger that takes pictures."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder) / "figures"
 
-    def publish(self, trainer: Trainer, name: str, path: Path) -> None:
-        """Hand a picture to the loggers."""
+    def publish(self, trainer: Trainer, name: str, path: Path, step: int) -> None:
+        """Hand a picture to the loggers, at the step of its metrics."""
         for one in trainer.loggers:
             if hasattr(one, "log_image"):
-                one.log_image(key=name, images=[str(path)])
+                one.log_image(key=name, images=[str(path)], step=step)
+            elif isinstance(one, TensorBoardLogger):
+                one.experiment.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def curves(self, folder: Path, names: Sequence[str]) -> None:
         """Draw ``metrics.jsonl``."""
@@ -47,7 +51,7 @@ class ReconstructionPanels(FigureCallback):
         path = figures.reconstruction_panel(
             pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range
         )
-        self.publish(trainer, "vae/reconstruction", path)
+        self.publish(trainer, "vae/reconstruction", path, module.step)
         self.curves(self.folder, ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"))
 
 
@@ -87,7 +91,7 @@ class SamplePanels(FigureCallback):
             [describe(row) for row in samples.covariates],
             model.preprocessing.value_range,
         )
-        self.publish(trainer, "ldm/samples", path)
+        self.publish(trainer, "ldm/samples", path, module.step)
         metrics = conditioning_test(model, len(self.rows), self.steps, self.measure)
         module.record({f"ldm/val/{name}": value for name, value in metrics.items()})
         self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss"))

@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 from ldm.commands.main import VERBS, conf_dir
 from ldm.conditioning.covariates import MODES
 from ldm.diffusion.prediction import PREDICTION_TYPES
+from ldm.model.file import read_header
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
-    for group in ("data", "vae", "ldm", "segmenter", "trainer", "logger")
+    for group in ("data", "vae", "ldm", "schedule", "segmenter", "trainer", "logger")
     for file in (conf_dir() / group).glob("*.yaml")
     if file.stem != "base"
 )
@@ -69,9 +70,17 @@ def first_stage(tmp_path_factory, cohort_root):
     [
         *[(f"ldm.condition.mode={mode}",) for mode in (*MODES, "none")],
         *[(f"ldm.prediction_type={name}", "ldm.loss.weighting=min_snr") for name in PREDICTION_TYPES],
+        ("schedule=flow", "ldm.prediction_type=flow", "ldm.schedule.shift=resolution", "ldm.sampling.sampler=heun"),
+        ("schedule=edm", "ldm.prediction_type=edm", "ldm.sampling.sampler=dpmpp_2m"),
+        ("schedule=sigmoid", "ldm.schedule.rescale_zero_terminal_snr=true", "ldm.sampling.guidance_rescale=0.7"),
+        (
+            "ldm.learned_variance=true",
+            "ldm.sampling={sampler: ddpm, options: {variance: learned}, guidance_scale: {age: 2.0}}",
+            "ldm.sampling.guidance_interval=[0.2,5.0]",
+        ),
         ("ldm.schedule={num_train_timesteps: 100, beta_schedule: cosine, beta_start: null, beta_end: null}",),
         ("ldm.latents={variants: 2, dtype: float32, labels: true}", "data.augment={scale: 0.05, flip_axes: [0]}"),
-        ("ldm.ema_decays=[0.99,0.9]", "ldm.optimizer.accumulate=2", "trainer.precision=bf16-mixed"),
+        ("ldm.ema_decays=[0.99,0.05]", "ldm.optimizer.accumulate=2", "trainer.precision=bf16-mixed"),
         ("logger=csv",),
         ("logger=tensorboard",),
     ],
@@ -81,6 +90,28 @@ def test_the_second_stage_takes_a_step(ldm, tiny, first_stage, overrides):
     code, text = ldm("train-ldm", *tiny, f"runs_dir={first_stage}", "run_dir=run", "trainer.max_steps=1", *overrides)
     assert not code, text
     assert "Validation loss" in text
+    if "ldm.ema_decays=[0.99,0.05]" in overrides:  # a model file each
+        first, second = (read_header(f"run/{name}.safetensors") for name in ("model", "model-ema0.05"))
+        assert (first["ema_decay"], second["ema_decay"]) == (0.99, 0.05)
+        assert first["tensors_sha256"] != second["tensors_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("schedule=flow",), "'v_prediction' does not go with schedule 'flow'"),
+        (("ldm.schedule.rescale_zero_terminal_snr=true", "ldm.prediction_type=epsilon"), "zero terminal SNR"),
+        (("schedule=edm", "ldm.prediction_type=edm", "ldm.learned_variance=true"), "needs a discrete schedule"),
+        (("ldm.sampling.options={variance: learned}", "ldm.sampling.sampler=ddpm"), "needs ldm.learned_variance=true"),
+        (("ldm.sampling.sampler=dpmpp",), "Did you mean 'dpmpp_2m'"),
+        (("schedule=flwo",), "Did you mean 'flow'"),
+    ],
+    ids=str,
+)
+def test_impossible_diffusion_is_refused_before_anything_is_read(ldm, overrides, message):
+    code, text = ldm("train-ldm", *overrides)
+    assert code
+    assert message in text
 
 
 @pytest.mark.slow

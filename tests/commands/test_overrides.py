@@ -1,5 +1,8 @@
 """The command line says what is wrong before anything runs."""
 
+import subprocess
+import sys
+
 import pytest
 
 
@@ -12,6 +15,7 @@ import pytest
         (["sample", "step=10"], "no setting 'step'. Did you mean 'steps'?"),
         (["check", "data=nift"], "Did you mean 'nifti'?"),
         (["check", "data.root='unclosed"], "does not parse"),
+        (["train-vae", "trainer.max_time=1h", "data.root=nowhere"], "'1h' is not a time; legal: DD:HH:MM:SS"),
         (["train-vae", "+trainer.maxsteps=3", "trainer.max_steps=1"], "trainer.maxsteps is not a setting"),
     ],
 )
@@ -24,15 +28,30 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
 
 
 def test_a_missing_first_stage_says_what_to_run(ldm, tiny):
-    code, text = ldm("train-ldm", *tiny)
+    code, text = ldm("train-ldm", "data=nifti", *tiny, "data.name=study", "ldm.batch_size=2", "trainer.max_steps=1")
     assert code
-    assert "ldm train-vae" in text
+    assert f"ldm train-vae data=nifti {tiny[0]}" in text  # the same data, as typed
+    assert "data.name=study" in text
+    assert "trainer.max_steps" not in text
+
+
+def test_a_root_that_was_not_given_is_asked_for(ldm):
+    code, text = ldm("check", "data=nifti")
+    assert code
+    assert "data.root is not set" in text
 
 
 def test_a_missing_model_says_what_to_run(ldm, tiny):
     code, text = ldm("sample", *tiny)
     assert code
     assert "ldm train-ldm" in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m ldm check --help | head -n 1"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "ldm check" in shown.stdout
+    assert not shown.stderr
 
 
 @pytest.mark.parametrize("verb", ["check", "train-vae", "train-ldm", "train-segmenter", "sample", "evaluate"])

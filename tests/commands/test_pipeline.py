@@ -1,6 +1,7 @@
 """The main job from end to end, at a size that takes seconds; and that it goes on where it stopped."""
 
 import json
+from importlib import metadata
 
 import nibabel as nib
 import numpy as np
@@ -98,6 +99,7 @@ def _split(index):
 def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp_path):
     _, common = trained
     request = ("sample", *common, "covariates={age: 70, sex: F}", "n=3", "steps=2", "batch_size=2", "out=out")
+    assert "Did you mean" in ldm(*request, "sampler=ddmp")[1]  # draws nothing, and leaves the folder free
     assert ldm(*request)[0] == 0
     scan = nib.load(next(cohort_root.glob("sub-*/anat/*T1w.nii.gz")))
     sample = nib.load(tmp_path / "out/sub-000001.nii.gz")
@@ -111,6 +113,8 @@ def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp
     provenance = json.loads((tmp_path / "out/provenance.json").read_text())
     assert provenance["seed"] == 0
     assert provenance["sampling"]["num_inference_steps"] == 2
+    assert provenance["simulated_training_data"] is True
+    assert provenance["written"]["versions"]["torch"] == metadata.version("torch")
     assert (tmp_path / "out/mosaic.png").is_file()
 
     # the same command goes on: only what is missing is drawn again, and it comes out the same

@@ -14,7 +14,9 @@ from PIL import Image
 
 from ldm.data import prepare
 from ldm.data.checks import check_cohort
-from ldm.data.cohort import DEFAULTS, Cohort, complete_config, split_subjects
+from ldm.data.cohort import Cohort
+from ldm.data.cohort_config import DEFAULTS, complete_config
+from ldm.data.draft import split_subjects
 from ldm.data.expressions import parse
 from ldm.data.table import read_table
 from ldm.data.templates import EscapeError, Template

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from ldm.data import cache as cache_module
-from ldm.data.cache import build_cache, open_cache
+from ldm.data.cache import build_cache, content_hash, open_cache
 from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.preprocessing import Preprocessing
@@ -207,6 +208,19 @@ def test_cache_is_reused_and_rebuilt_when_a_source_or_the_recipe_changes(data_cf
     assert not [p.name for p in Path(data_cfg["cache_dir"]).iterdir() if p.name.startswith(".")]
 
 
+def test_content_changes_with_a_covariate_an_order_or_a_file(data_cfg: dict) -> None:
+    """Latents are cached under it, so that a corrected table or a replaced scan is encoded anew."""
+    records = list(Cohort.from_config(data_cfg).records)
+    before = content_hash(records)
+    assert content_hash(list(records)) == before
+    corrected = replace(records[0], covariates={**records[0].covariates, "age": 1.0})
+    path = Path(next(iter(records[0].images.values())))
+    assert content_hash([corrected, *records[1:]]) != before
+    assert content_hash(records[::-1]) != before
+    os.utime(path, ns=(1, 1))
+    assert content_hash(records) != before
+
+
 def test_a_damaged_cache_is_built_anew_and_a_failed_one_leaves_nothing(data_cfg: dict) -> None:
     records, prep = fitted(data_cfg)
     cache = build_cache(data_cfg["cache_dir"], records, prep, progress=False)
@@ -220,6 +234,18 @@ def test_a_damaged_cache_is_built_anew_and_a_failed_one_leaves_nothing(data_cfg:
     with pytest.raises(LdmError, match=r"s05\.nii\.gz"):
         build_cache(data_cfg["cache_dir"], records, prep, progress=False)
     assert list(Path(data_cfg["cache_dir"]).iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_in_time(data_cfg: dict) -> None:
+    old, fresh = (Path(data_cfg["cache_dir"]) / f".building-{name}" for name in ("old", "fresh"))
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+        (folder / "images.npy").write_bytes(b"cut short")
+    os.utime(old / "images.npy", (1, 1))
+    os.utime(old, (1, 1))
+    build_cache(data_cfg["cache_dir"], *fitted(data_cfg), progress=False)
+    assert not old.exists()
+    assert fresh.exists()
 
 
 def test_cache_limit_and_pickling(data_cfg: dict, monkeypatch) -> None:

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from ldm.data import images
-from ldm.data.cohort import Record
+from ldm.data.draft import Record
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 

@@ -1,4 +1,4 @@
-"""The noise schedule against its papers' formulae and diffusers, and the pairs of times of every spacing."""
+"""The schedules against their papers' formulae and diffusers, and the pairs of times of every spacing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ldm.diffusion.schedule import Grid, NoiseSchedule, Step
+from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
+from ldm.diffusion.process import schedule_from_dict
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, NoiseSchedule, Step
 from ldm.errors import LdmError
 
 SCHEDULES = {
@@ -36,11 +41,43 @@ def test_tables_are_those_of_diffusers_in_float64(name):
     torch.testing.assert_close(schedule.alphas_cumprod.float(), oracle.alphas_cumprod, rtol=2e-4, atol=0)
 
 
+def test_tables_stay_on_the_cpu_whatever_the_default_device():
+    for name in SCHEDULES:
+        with torch.device("meta"):
+            schedule = NoiseSchedule(10, name)
+            assert not schedule.ends_in_pure_noise
+        assert schedule.alphas_cumprod.device.type == "cpu"
+        assert schedule.grid(5).alpha[-1] == 1
+
+
 def test_cosine_is_capped_at_the_noise_end_only():
     betas, abar = SCHEDULES["cosine"].betas, SCHEDULES["cosine"].alphas_cumprod
     assert (betas == 0.999).nonzero().flatten().tolist() == [999]
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 500)]
     assert abar[499].item() == pytest.approx(f[1] / f[0], rel=1e-12)
+
+
+def test_sigmoid_is_the_formula_of_its_paper():
+    """Chen 2023, algorithm 1 (Jabri et al. 2022), at start -3, end 3, tau 1."""
+    schedule = NoiseSchedule(1000, "sigmoid")
+    start, end = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    for t in (0, 100, 500, 998):
+        output = 1 / (1 + math.exp(-((t + 1) / 1000 * 6 - 3)))
+        assert schedule.alphas_cumprod[t].item() == pytest.approx((end - output) / (end - start), rel=1e-9)
+    assert (schedule.betas == 0.999).nonzero().flatten().tolist() == [999]
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid"])
+def test_zero_terminal_snr_is_that_of_diffusers(name):
+    plain = NoiseSchedule(1000, name)
+    schedule = NoiseSchedule(1000, name, rescale_zero_terminal_snr=True)
+    torch.testing.assert_close(schedule.betas, rescale_zero_terminal_snr(plain.betas), rtol=1e-9, atol=1e-12)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert schedule.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-12)
+    assert schedule.ends_in_pure_noise
+    assert not plain.ends_in_pure_noise
+    assert schedule.log_snr(torch.tensor([999])).item() == -math.inf
+    assert schedule.grid(10).alpha[0] == 0
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -79,7 +116,8 @@ def test_round_trip_and_the_betas_of_the_papers():
     for schedule in SCHEDULES.values():
         assert NoiseSchedule.from_dict(schedule.to_dict()) == schedule
     assert NoiseSchedule().to_dict() == {
-        "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+        "kind": "discrete", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4,
+        "beta_end": 0.02, "rescale_zero_terminal_snr": False,
     }  # fmt: skip
     with pytest.raises(AttributeError):
         NoiseSchedule().beta_end = 0.5
@@ -96,6 +134,8 @@ def test_round_trip_and_the_betas_of_the_papers():
         ({"beta_end": 1.0}, "beta_end < 1"),
         ({"beta_end": "2e-2"}, "beta_end must be a number"),
         ({"beta_schedule": "cosine", "beta_end": 0.02}, "no effect on the cosine schedule"),
+        ({"beta_schedule": "sigmoid", "beta_end": 0.02}, "no effect on the sigmoid schedule"),
+        ({"num_train_timesteps": 1, "rescale_zero_terminal_snr": True}, "at least 2"),
     ],
 )
 def test_illegal_parameters_are_refused(options, message):
@@ -161,3 +201,114 @@ def test_a_grid_of_continuous_time_needs_no_schedule():
         Grid((1.0, 0.0), (0.0, 1.0), (1.0,))
     with pytest.raises(LdmError, match="finite and not negative"):
         Grid((1.0, 0.0), (0.0, math.nan), (1.0, 0.0))
+
+
+def test_a_chain_can_start_at_a_level():
+    grid = SCHEDULES["linear"].grid(10)  # 999, 899, ..., 99, -1
+    assert grid.below(500).t == (499, 399, 299, 199, 99, -1)
+    assert grid.below(499) == grid.last(5)
+    assert list(grid.last(3)) == list(grid)[-3:]
+    assert grid.last(10) == grid
+    with pytest.raises(LdmError, match="Cannot keep 11 moves of a grid that has 10"):
+        grid.last(11)
+    with pytest.raises(LdmError, match="t <= 50: its last one starts at 99"):
+        grid.below(50)
+
+
+# ---- continuous time
+
+
+def test_training_times_have_the_distribution_that_is_asked():
+    """Quantiles against the distributions of torch; middles of ten bins, as validation takes them."""
+    middles = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
+    assert NoiseSchedule().time_at(middles).tolist() == list(range(50, 1000, 100))
+    torch.testing.assert_close(FlowSchedule().time_at(middles).double(), middles, rtol=1e-6, atol=0)
+    normal = torch.distributions.Normal(0.3, 1.5)
+    t = FlowSchedule("logit_normal", 0.3, 1.5).time_at(middles).double()
+    torch.testing.assert_close(normal.cdf(torch.logit(t)), middles, rtol=1e-5, atol=0)
+    sigma = EDMSchedule(P_mean=-1.2, P_std=1.2).time_at(middles).double()
+    torch.testing.assert_close(torch.distributions.LogNormal(-1.2, 1.2).cdf(sigma), middles, rtol=1e-5, atol=0)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert NoiseSchedule().time_at(ends).tolist() == [0, 999]
+    assert FlowSchedule("logit_normal", shift=3.0).time_at(ends).tolist() == [0, 1]
+    assert EDMSchedule().time_at(ends).tolist() == pytest.approx([0.002, 80.0])
+
+
+def test_shift_moves_training_times_and_grids_alike():
+    """Esser et al. 2024, eq. 23; sqrt(m / n) leaves the same noise, relative to what n positions average out."""
+    plain, shifted = FlowSchedule(), FlowSchedule(shift=3.0)
+    expected = [3 * t / (1 + 2 * t) for t in plain.grid(10).t]
+    assert shifted.grid(10).t == pytest.approx(expected)
+    u = torch.tensor([0.25, 0.5])
+    assert shifted.time_at(u).tolist() == pytest.approx([0.5, 0.75])
+    flow = {"kind": "flow", "shift": "resolution", "base_positions": 1024}
+    assert schedule_from_dict(flow, positions=9216).shift == pytest.approx(3.0)
+    assert schedule_from_dict({**flow, "shift": 2.0}, positions=9216).shift == 2.0
+
+
+def test_the_grid_of_edm_is_equation_5():
+    sigma = EDMSchedule(sigma_min=0.002, sigma_max=80.0, rho=7.0).grid(18, "linspace").sigma
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    assert sigma == pytest.approx([*expected, 0.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule(), FlowSchedule(), EDMSchedule()], ids=lambda s: s.kind)
+def test_the_network_sees_unit_variance_and_float32_times_between_0_and_1000(schedule):
+    t = schedule.time_at(torch.linspace(0.001, 0.999, 50))
+    told = schedule.network_time(t)
+    assert told.dtype == torch.float32
+    assert ((told >= 0) & (told <= 1000)).all()
+    assert (told.diff() > 0).all()
+    power = schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2
+    scaled = (schedule.input_scale(t) * power.sqrt()).tolist()
+    assert scaled == pytest.approx([1.0] * 50) if schedule.kind != "flow" else min(scaled) > 0.7
+    assert schedule.input_scale(t).dtype == torch.float32
+
+
+discrete = st.builds(
+    NoiseSchedule,
+    st.integers(2, 1000),
+    st.sampled_from(["linear", "scaled_linear", "cosine", "sigmoid"]),
+    rescale_zero_terminal_snr=st.booleans(),
+)
+flow = st.builds(
+    FlowSchedule,
+    st.sampled_from(["uniform", "logit_normal"]),
+    st.floats(-2, 2),
+    st.floats(0.3, 2),
+    st.floats(0.2, 8),
+)
+edm = st.builds(
+    EDMSchedule,
+    st.floats(-2, 1),
+    st.floats(0.3, 2),
+    st.floats(0.001, 0.1),
+    st.floats(10, 200),
+    st.floats(1, 10),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.one_of(discrete, flow, edm), st.sampled_from(TIMESTEP_SPACINGS), st.integers(1, 40))
+def test_what_every_schedule_keeps(schedule, spacing, count):
+    assert schedule_from_dict(schedule.to_dict()) == schedule
+    # noise grows with the quantile
+    t = schedule.time_at(torch.linspace(0.01, 0.99, 20, dtype=torch.float64))
+    assert (t.diff() >= 0).all()
+    alpha, sigma, log_snr = schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t)
+    assert (log_snr[1:] <= log_snr[:-1] + 1e-6).all()  # both may be -inf
+    finite = log_snr.isfinite() & (log_snr.abs() < 10)
+    torch.testing.assert_close(2 * (alpha / sigma).log()[finite], log_snr[finite], rtol=1e-3, atol=1e-3)
+    x0, eps = torch.full((20, 1, 2), 2.0), torch.full((20, 1, 2), -3.0)
+    torch.testing.assert_close(schedule.add_noise(x0, eps, t)[:, 0, 0], 2 * alpha - 3 * sigma)
+    # a grid walks from its noisiest point to the data, through the schedule's own levels
+    if schedule.kind == "discrete":
+        count = min(count, schedule.num_train_timesteps)
+    grid = schedule.grid(count, spacing)
+    assert len(grid) == count
+    assert (grid.alpha[-1], grid.sigma[-1]) == (1.0, 0.0)
+    ratios = [s / math.hypot(a, s) for a, s in zip(grid.alpha, grid.sigma, strict=True)]
+    assert all(before > after for before, after in itertools.pairwise(ratios))
+    times = torch.tensor(grid.t[:-1])
+    torch.testing.assert_close(schedule.alpha(times).tolist(), list(grid.alpha[:-1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(schedule.sigma(times).tolist(), list(grid.sigma[:-1]), rtol=1e-4, atol=1e-6)

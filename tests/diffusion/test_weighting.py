@@ -14,7 +14,13 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import LdmError
 
-DIVISOR = {"epsilon": lambda snr: snr, "sample": lambda snr: 1, "v_prediction": lambda snr: snr + 1}
+DIVISOR = {
+    "epsilon": lambda snr: snr,
+    "sample": lambda snr: 1,
+    "v_prediction": lambda snr: snr + 1,
+    "flow": lambda snr: (snr.sqrt() + 1) ** 2,
+    "edm": lambda snr: snr + 1,
+}
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -25,13 +31,17 @@ def test_min_snr_is_the_definition_with_the_snr_of_diffusers(prediction_type):
     torch.testing.assert_close(weight, snr.clamp(max=5) / DIVISOR[prediction_type](snr), rtol=3e-4, atol=0)
 
 
+@pytest.mark.parametrize("path", ["variance preserving", "flow", "edm"])
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
-def test_min_snr_weighs_the_error_of_x0_alike_for_every_type(alpha):
+def test_min_snr_weighs_the_error_of_x0_alike_for_every_type(alpha, path):
     """weight(type) * (error of the output)^2 = min(SNR, gamma) * (error of x0 it causes)^2"""
-    sigma = math.sqrt(1 - alpha**2)
+    sigma = math.sqrt(1 - alpha**2) if path == "variance preserving" else 1 - alpha
+    alpha, sigma = (1.0, sigma / alpha) if path == "edm" else (alpha, sigma)
     log_snr = torch.tensor([2 * math.log(alpha / sigma)], dtype=torch.float64)
     x0, eps, error = torch.randn(3, 1, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for prediction_type in PREDICTION_TYPES:
+        if prediction_type == "v_prediction" and path != "variance preserving":
+            continue  # never trained with it
         truth = target(prediction_type, x0, eps, alpha, sigma)
         read = to_prediction(prediction_type, truth + error, alpha * x0 + sigma * eps, alpha, sigma)
         weighted = loss_weight("min_snr", prediction_type, log_snr) * error**2
@@ -40,7 +50,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_type(alpha):
 
 @pytest.mark.parametrize(
     ("prediction_type", "at_zero_snr", "at_infinite_snr"),
-    [("epsilon", 1.0, 0.0), ("sample", 0.0, 5.0), ("v_prediction", 0.0, 0.0)],
+    [("epsilon", 1.0, 0.0), ("sample", 0.0, 5.0), ("v_prediction", 0.0, 0.0), ("flow", 0.0, 0.0), ("edm", 0.0, 0.0)],
 )
 def test_min_snr_at_pure_noise_and_pure_data(prediction_type, at_zero_snr, at_infinite_snr):
     ends = torch.tensor([-math.inf, -1e4, 1e4, math.inf])

@@ -17,7 +17,7 @@ SEX = Covariate("sex", "categorical", levels=("F", "M"))
 VOLUME = Covariate("volume", "continuous", "mm3", (0.0, 10.0))
 
 
-def model(schema, mode, channels=3, seed=0):
+def model(schema, mode, channels=3, seed=0, **settings):
     torch.manual_seed(seed)
     header = {
         "cohort": "test",
@@ -37,6 +37,7 @@ def model(schema, mode, channels=3, seed=0):
         "prediction_type": "v_prediction",
         "sampling": {"num_inference_steps": 2},
         "seed": 0,
+        **settings,
     }
     preprocessing = Preprocessing(
         2, None, shape=(8, 8), multiple=(2, 2), intensity=IntensityRecipe(), channels=("a",) * channels

@@ -1,13 +1,16 @@
 """Killed at any point, the same command goes on and loses at most what was not yet written."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
+from ldm.model.first_stage import FirstStage
 from ldm.training.logging import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -48,3 +51,25 @@ def test_kill_and_go_on(tiny, tmp_path, kill):
     assert reached - 40 < resumed <= reached + 1
     assert last_step(tmp_path) >= 399
     assert not [path for path in (tmp_path / "simulated/vae").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_every_validated_state_is_kept_and_can_be_continued(ldm, tiny, tmp_path, monkeypatch):
+    """Both files are written at each validation, which comes every ``val_every`` optimisation steps."""
+    kept, killed = [], tmp_path / "killed"
+
+    def save(self, path):
+        state = torch.load(path.parent / "last.ckpt", weights_only=True)
+        kept.append((self.facts["steps"], state["ldm"]["step"], "psnr" in self.metrics))
+        if state["ldm"]["step"] == 2 and not killed.exists():  # as if killed right after the first validation
+            killed.mkdir()
+            shutil.copy(path.parent / "last.ckpt", killed / "last.ckpt")
+
+    monkeypatch.setattr(FirstStage, "save", save)
+    settings = (*tiny, "trainer.max_steps=5", "trainer.val_every=2", "vae.optimizer.accumulate=2", "data.cache=false")
+    code, text = ldm("train-vae", *settings, "run_dir=whole")
+    assert not code, text
+    assert list(dict.fromkeys(kept)) == [(2, 2, True), (4, 4, True), (5, 5, True)]
+    code, text = ldm("train-vae", *settings, "run_dir=killed")
+    assert not code, text
+    assert "Going on at step 2" in text
+    assert [step for step, _ in read_metrics(killed / "metrics.jsonl")["vae/train/loss"]] == [3, 4, 5]

@@ -10,6 +10,7 @@ from ldm.errors import LdmError
 from ldm.networks.discriminator import Discriminator
 from ldm.training.budget import Budget, seconds
 from ldm.training.ema import EMA
+from ldm.training.logging import JsonlLogger, read_metrics
 from ldm.training.vae import VAE, kl_divergence, psnr
 
 OPTIMIZER = {
@@ -143,6 +144,31 @@ def test_learning_rate_warms_up_and_ends_at_zero():
         module._step.fill_(step)
         factors.append(module.lr_factor())
     assert factors == pytest.approx([0.1, 0.5 * (1 + math.cos(math.pi * 0.09)), 0.5, 0.0], abs=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    module = vae(adversarial_weight=0.0)
+    module.budget = Budget(100)
+    weight = next(module.network.parameters())
+    before = weight.detach().clone()
+    module.optimizers = lambda: torch.optim.SGD(module.network.parameters(), 1.0)
+    module.manual_backward = lambda loss: loss.backward()
+    module.record_names = lambda rows: [f"sub-{row}" for row in rows]
+    loss = (weight - before).abs().sum().sqrt()  # 0, with a slope that is not finite
+    module.require_finite(loss.detach(), {}, [3])
+    with pytest.raises(LdmError, match=r"gradient of AutoencoderKL is not finite at step 0.*sub-3"):
+        module.step_optimizers(loss, [module.network])
+    torch.testing.assert_close(weight.detach(), before)
+
+
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
+    JsonlLogger(tmp_path).log_metrics({"loss": 1.0}, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    logger = JsonlLogger(tmp_path)
+    logger.log_metrics({"loss": 3.0}, 2)
+    logger.log_metrics({"loss": 4.0}, 3)
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"loss": [(1, 1.0), (2, 3.0), (3, 4.0)]}
 
 
 def test_the_perceptual_loss_reads_a_local_file_only(tmp_path):

@@ -83,7 +83,7 @@ def generate(
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
         if _is_complete(root, parameters):
-            log.info("The simulated cohort in %s is complete", root)
+            log.debug("The simulated cohort in %s is complete", root)
             return root
         _write_description(root, parameters)
         missing = [k for k in range(n) if not _sidecar(root, k).exists()]

@@ -1,0 +1,260 @@
+"""Read every file of a cohort once and note what it is or what is wrong; unchanged files are not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from rich.console import Console
+from rich.progress import track
+
+from ldm.data import images
+from ldm.data.draft import Draft
+from ldm.data.intensity import IntensityRecipe
+from ldm.errors import LdmError
+
+logger = logging.getLogger(__name__)
+
+CACHE_FILE = "checks.json"
+CACHE_VERSION = 1
+MAX_WORKERS = 8
+MAX_CHANNELS = 4
+"""More volumes than this in one NIfTI file are a time series, not channels."""
+FORM_TOLERANCE = 0.5
+"""Voxels by which sform and qform may place a corner differently."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What one reading of one reference found out; kept in the cache.
+
+    Attributes:
+        kind: slug of the fault that made further checks pointless, or ``None``.
+        reason: what is wrong with it.
+        note: a difference between sform and qform that may be meant, or ``None``.
+        shape: channels first, (C, *S).
+        affine: 4 x 4 rows, voxel index to world in mm; ``None`` for pictures and arrays.
+        digest: SHA-256 of shape and pixels.
+    """
+
+    kind: str | None = None
+    reason: str = ""
+    note: str | None = None
+    shape: tuple[int, ...] = ()
+    affine: tuple[tuple[float, ...], ...] | None = None
+    digest: str = ""
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """Voxel size in mm along the axes nearest to R, A and S; ``None`` without an affine."""
+        if self.affine is None:
+            return None
+        affine = np.array(self.affine)
+        axes = nib.io_orientation(affine)[:, 0]
+        sizes = nib.affines.voxel_sizes(affine)
+        return tuple(round(float(sizes[list(axes).index(axis)]), 4) for axis in range(3))
+
+
+class FileReader:
+    """Reads every reference of a draft once, in threads, unless the cache knows the unchanged file."""
+
+    def __init__(self, draft: Draft, cache_dir: Path | None) -> None:
+        self.draft = draft
+        self.dims = draft.config["spatial_dims"]
+        self.recipe = IntensityRecipe.from_config(draft.config["intensity"])
+        self.path = None if cache_dir is None else Path(cache_dir) / CACHE_FILE
+        self.cached = 0
+
+    def read_all(self, progress: bool) -> dict[str, FileFacts]:
+        """Return reference -> facts."""
+        roles = {ref: "image" for record in self.draft.kept for ref in record.images.values()}
+        roles |= {record.labels: "labels" for record in self.draft.kept if record.labels}
+        known = _load_cache(self.path)
+        keys = {ref: self._key(ref, role) for ref, role in roles.items()}
+        found = {ref: _from_json(known[key]) for ref, key in keys.items() if key in known}
+        self.cached = len(found)
+        pending = [ref for ref in roles if ref not in found]
+        found |= self._read(pending, roles, progress)
+        if self.path is not None and pending:
+            fresh = {keys[ref]: asdict(found[ref]) for ref in pending if found[ref].kind != "missing-file"}
+            _save_cache(self.path, known | fresh)
+        return {ref: found[ref] for ref in roles}
+
+    def _read(self, refs: Sequence[str], roles: Mapping[str, str], progress: bool) -> dict[str, FileFacts]:
+        console = Console(stderr=True)
+        hidden = not (progress and console.is_terminal)
+        title = f"checking {self.draft.name}"
+        with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+            results = pool.map(lambda ref: inspect(ref, roles[ref], self.dims, self.recipe), refs)
+            bar = track(results, title, len(refs), console=console, transient=True, disable=hidden)
+            return dict(zip(refs, bar, strict=True))
+
+    def _key(self, ref: str, role: str) -> str:
+        """Everything that the facts depend on."""
+        try:
+            stat = images.split_reference(ref)[0].stat()
+            state = [stat.st_size, stat.st_mtime_ns]
+        except OSError:
+            state = []
+        return json.dumps([ref, role, self.dims, self.recipe.to_dict() if role == "image" else None, *state])
+
+
+def inspect(ref: str, role: str, spatial_dims: int, recipe: IntensityRecipe) -> FileFacts:
+    """Read one reference and say what it is, or what is wrong with it.
+
+    Args:
+        ref: absolute reference.
+        role: ``image`` or ``labels``.
+        spatial_dims: 2 or 3, as the cohort says.
+        recipe: intensity recipe that images have to fit.
+    """
+    path, _ = images.split_reference(ref)
+    if not path.is_file():
+        return FileFacts("missing-file", "there is no such file")
+    header = _inspect_header(path)
+    if header.kind:
+        return header
+    try:
+        image = images.read(ref, spatial_dims=spatial_dims)
+    except LdmError as error:
+        return _unreadable(ref, path, error)
+    shape = tuple(int(size) for size in image.array.shape)
+    wrong = _wrong_dimensions(shape, spatial_dims, role)
+    affine = None if image.affine is None else tuple(tuple(map(float, row)) for row in image.affine)
+    if wrong:
+        return FileFacts("wrong-dimensions", wrong, shape=shape, affine=affine)
+    kind, reason = _inspect_pixels(image.array, path, role, recipe)
+    return FileFacts(kind, reason, header.note, shape, affine, _digest(image.array))
+
+
+def _inspect_header(path: Path) -> FileFacts:
+    """Compare the two affines of a NIfTI header, and find one without an inverse."""
+    if not path.name.lower().endswith(images.NIFTI_SUFFIXES):
+        return FileFacts()
+    try:
+        nifti = nib.load(path)
+        sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        return FileFacts("unreadable", f"cannot be read as NIfTI ({_first_line(error)})")
+    determinant = float(np.linalg.det(nifti.affine[:3, :3])) if np.isfinite(nifti.affine).all() else float("nan")
+    if not abs(determinant) > 1e-9:
+        return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
+    if sform[0] is None or qform[0] is None:
+        return FileFacts()
+    shift = corner_shift(nifti.shape, sform[0], qform[0])
+    if shift <= FORM_TOLERANCE:
+        return FileFacts()
+    reason = f"sform (code {sform[1]}) and qform (code {qform[1]}) place a corner {shift:.1f} voxels apart"
+    # Different codes name different spaces (scanner, aligned, MNI): these may differ, but not by a flip.
+    if sform[1] == qform[1] or nib.aff2axcodes(sform[0]) != nib.aff2axcodes(qform[0]):
+        return FileFacts("sform-qform", reason)
+    return FileFacts(note=reason)
+
+
+def corner_shift(shape: Sequence[int], first: np.ndarray, second: np.ndarray) -> float:
+    """Largest distance between one grid's corners under two affines, in smallest voxels of the first."""
+    ends = [(0, size - 1) for size in (*shape, 1, 1)[:3]]
+    corners = np.array(np.meshgrid(*ends)).reshape(3, -1).T
+    distance = nib.affines.apply_affine(first, corners) - nib.affines.apply_affine(second, corners)
+    return float(np.linalg.norm(distance, axis=1).max() / nib.affines.voxel_sizes(first).min())
+
+
+def _unreadable(ref: str, path: Path, error: LdmError) -> FileFacts:
+    """Tell an image of other dimensions, which can be read without asking for a number, from damage."""
+    reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{ref}: ")
+    try:
+        shape = images.read(ref).array.shape
+    except LdmError:
+        return FileFacts("unreadable", reason)
+    return FileFacts("wrong-dimensions", reason, shape=tuple(int(size) for size in shape))
+
+
+def _wrong_dimensions(shape: tuple[int, ...], spatial_dims: int, role: str) -> str | None:
+    channels, *size = shape
+    grid = " x ".join(map(str, size))
+    if len(size) != spatial_dims:
+        return f"is {len(size)}-D ({grid}), where data.spatial_dims is {spatial_dims}"
+    if 1 in size:
+        return f"is {len(size) - size.count(1)}-D ({grid}), where data.spatial_dims is {spatial_dims}"
+    if role == "labels" and channels > 1:
+        return f"has {channels} channels or volumes, where one label map is expected"
+    if spatial_dims == 3 and channels > MAX_CHANNELS:
+        return f"is 4-D ({channels} volumes of {grid}), where a 3-D volume is expected"
+    return None
+
+
+def _inspect_pixels(array: np.ndarray, path: Path, role: str, recipe: IntensityRecipe) -> tuple[str | None, str]:
+    finite = np.isfinite(array)
+    if not finite.all():
+        return "not-finite", f"{array.size - int(finite.sum())} of {array.size} pixels are NaN or infinite"
+    low, high = float(array.min()), float(array.max())
+    if role == "labels":
+        if low < 0 or high > 255 or not np.array_equal(array, np.rint(array)):
+            return "labels-values", f"values {low:g}..{high:g} are not all whole numbers from 0 to 255"
+        return None, ""
+    if low == high:
+        return "constant-image", f"every pixel is {low:g}"
+    try:
+        for channel in array:
+            recipe.apply(channel, path.name)
+    except LdmError as error:
+        return "intensity", str(error).removeprefix(f"{path.name}: ")
+    return None, ""
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Cache ------------------------------------------------------------------------------------------------
+
+
+def _load_cache(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Read the cache; an unusable one is as good as none, since it can always be made again."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        logger.warning("%s: the check's cache cannot be read (%s); every file is read again", path, error)
+        return {}
+    usable = isinstance(content, dict) and content.get("version") == CACHE_VERSION
+    return content["files"] if usable else {}
+
+
+def _save_cache(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as handle:
+        json.dump({"version": CACHE_VERSION, "files": files}, handle)
+    os.replace(handle.name, path)
+
+
+def _from_json(entry: Mapping[str, Any]) -> FileFacts:
+    affine = entry["affine"]
+    return FileFacts(
+        entry["kind"],
+        entry["reason"],
+        entry["note"],
+        tuple(entry["shape"]),
+        None if affine is None else tuple(tuple(row) for row in affine),
+        entry["digest"],
+    )

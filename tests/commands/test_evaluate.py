@@ -1,0 +1,29 @@
+"""What is measured on a written sample is the sample, not how it was stored."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ldm.commands.evaluate import in_model_space
+from ldm.data.geometry import Geometry
+from ldm.data.intensity import IntensityRecipe
+from ldm.data.preprocessing import Preprocessing
+from ldm.model.output import image_paths, write_image
+
+LAS = np.diag([-2.0, 1.5, 3.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "recipe", [IntensityRecipe("window", -1000.0, 400.0, (-1.0, 1.0)), IntensityRecipe("percentile")], ids=str
+)
+def test_a_written_sample_comes_back_with_all_channels_in_the_models_range(tmp_path, recipe):
+    reference = Geometry.plan((6, 7, 8), LAS, "RAS", None, (8, 8, 8))  # padded on the way in
+    model = SimpleNamespace(
+        preprocessing=Preprocessing(3, shape=(8, 8, 8), intensity=recipe, channels=("T1", "T2"), reference=reference)
+    )
+    image = np.full((2, 8, 8, 8), recipe.range[0], np.float32)
+    image[:, 1:7, 1:8] = np.random.default_rng(0).uniform(*recipe.range, (2, 6, 7, 8))
+    paths = image_paths(model, tmp_path, "sub-000001")
+    write_image(model, image, paths)
+    np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)

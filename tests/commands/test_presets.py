@@ -1,0 +1,127 @@
+"""Presets of published models: they compose, have the published sizes, and take a training step.
+
+Everything happens on the meta device, where tensors have a shape and no memory: two of the networks would not fit
+otherwise. The loss is that of the training modules; the optimizer's step is not taken there.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from ldm.commands.import_weights import describe
+from ldm.commands.main import conf_dir
+from ldm.commands.run import plain
+from ldm.commands.stages import grid_multiple
+from ldm.data.preprocessing import Preprocessing
+from ldm.data.schema import CovariateSchema
+from ldm.latents.space import LatentSpace
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.vae import VAE
+
+MANIFEST = Path(__file__).parents[1] / "model" / "brain_160_manifest.json"
+CLASSES = "+data.covariates.class.levels=[cat,dog,horse]"
+
+#: experiment and further overrides -> image channels, latent shape, million parameters of the U-Net
+PRESETS = {
+    ("ldm_256/unconditional",): (3, (3, 64, 64), 274.06),
+    ("ldm_256/class_conditional", CLASSES): (3, (3, 64, 64), None),
+    ("brain_160/released",): (1, (3, 20, 28, 20), 553.17),
+}
+
+
+@pytest.fixture(scope="module", params=PRESETS, ids=lambda preset: preset[0])
+def preset(request):
+    """Configuration, image shape, and an untrained model on the meta device."""
+    experiment, *overrides = request.param
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train-ldm", [f"experiment={experiment}", "data.root=somewhere", *overrides])
+    channels, _, _ = PRESETS[request.param]
+    preprocessing = Preprocessing.from_config(plain(config.data), grid_multiple(config))
+    header = describe(config, preprocessing, channels)
+    space = LatentSpace.identity(header["latent_shape"][0])
+    schema = CovariateSchema.from_config(plain(config.data)["covariates"])
+    with torch.device("meta"):
+        model = LatentDiffusionModel(header, space, preprocessing, schema)
+    return config, (channels, *preprocessing.shape), model.to("meta"), PRESETS[request.param]
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """The meta device has no autocast; the modules only ever switch it off."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, enabled, **__: contextlib.nullcontext())
+
+
+def millions(network):
+    return sum(parameter.numel() for parameter in network.parameters()) / 1e6
+
+
+def test_the_sizes_are_the_published_ones(preset):
+    _, _, model, (_, latent_shape, parameters) = preset
+    assert model.latent_shape == latent_shape
+    if parameters is not None:
+        assert millions(model.network.denoiser) == pytest.approx(parameters, abs=0.005)
+
+
+def test_the_second_stage_takes_a_step(preset, no_autocast):
+    config, _, model, _ = preset
+    ldm, shape, batch = plain(config.ldm), model.latent_shape, 2
+    with torch.device("meta"):
+        module = LatentDiffusion(model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"])
+        latents = {"mean": torch.randn(batch, *shape), "std": torch.rand(batch, *shape)}
+        latents["covariates"] = torch.rand(batch, len(model.schema))
+        draws = {"t": torch.zeros(batch, dtype=torch.long), "hide": torch.rand(batch, len(model.schema) + 1)}
+        draws |= {name: torch.randn(batch, *shape) for name in ("posterior", "eps")}
+        weighted, _ = module.losses(module.network, latents, draws)
+        weighted.mean().backward()
+    assert weighted.shape == (batch,)
+    assert all(parameter.grad is not None for parameter in module.network.parameters())
+
+
+def test_the_first_stage_takes_a_step(preset, no_autocast):
+    config, image_shape, _, _ = preset
+    vae = plain(config.vae)
+    loss = {**vae["loss"], "perceptual_weight": 0.0, "adversarial_start": 0}  # perceptual: its weights are a file
+    with torch.device("meta"):
+        network = {**vae["network"], "in_channels": image_shape[0]}
+        module = VAE(network, loss, vae["optimizer"], vae["discriminator"], image_shape)
+        module._step = torch.zeros((), dtype=torch.long, device="cpu")  # its value decides what is on
+        x = torch.rand(1, *image_shape)
+        reconstruction, mean, std = module(x)
+        terms = module.loss_terms(x, reconstruction, mean, std)
+        terms["discriminator"] = module.discriminator.discriminator_loss(x, reconstruction)
+        sum(terms.values()).backward()
+    assert reconstruction.shape == x.shape
+    assert set(terms) == {"reconstruction", "kl", "adversarial", "discriminator"}
+    for trained in (module.network, module.discriminator):
+        assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("preset", [("brain_160/released",)], indirect=True)
+def test_the_brain_model_has_the_released_parameters(preset):
+    """Every name and shape of MONAI's own classes, and no other."""
+    manifest = json.loads(MANIFEST.read_text())
+    _, _, model, _ = preset
+    for name, network in {"autoencoder": model.first_stage, "diffusion": model.network.denoiser.unet}.items():
+        assert {key: list(value.shape) for key, value in network.state_dict().items()} == manifest[name]
+    assert millions(model.first_stage) == pytest.approx(13.77, abs=0.005)
+
+
+@pytest.mark.parametrize("preset", [("brain_160/released",)], indirect=True)
+def test_the_brain_model_is_told_the_released_codes(preset):
+    """Order and ranges of the released model: sex (male is 1), age, ventricles, brain; planes and context alike."""
+    from ldm.conditioning.covariates import build_conditioner
+
+    config, _, model, _ = preset
+    conditioner = build_conditioner([2, 0, 0, 0], plain(config.ldm.condition), 1)
+    low = {"sex": "F", "age": 44, "ventricles_mm3": 6995.68, "brain_normalised_mm3": 1144240}
+    high = {"sex": "M", "age": 82, "ventricles_mm3": 171375, "brain_normalised_mm3": 1793910}
+    middle = {"sex": "M", "age": 63, "ventricles_mm3": 6995.68, "brain_normalised_mm3": 1793910}
+    condition = conditioner(torch.from_numpy(model.schema.encode_table([low, high, middle])))
+    expected = torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1], [1, 0.5, 0, 1]])
+    torch.testing.assert_close(condition.planes, expected)
+    torch.testing.assert_close(condition.context, expected[:, None])

@@ -1,0 +1,121 @@
+"""Sampling from a model: the starting noise, what its network is shown, guidance by covariate, a learned variance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ldm.diffusion.continuous import FlowSchedule
+from ldm.errors import LdmError
+from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
+from tests.model.test_transfer import AGE, SEX, model
+
+FLOW = {"schedule": {"kind": "flow", "shift": "resolution", "base_positions": 16}, "prediction_type": "flow"}
+EDM = {"schedule": {"kind": "edm"}, "prediction_type": "edm"}
+LEARNED = {"learned_variance": True}
+
+
+def record_calls(made):
+    """What the network is called with: (input, time, codes) of every call."""
+    calls, network = [], made.network.forward
+
+    def forward(x, t, values):
+        calls.append((x, t, values))
+        return network(x, t, values)
+
+    made.network.forward = forward
+    return calls
+
+
+@pytest.mark.parametrize("settings", [{}, FLOW, EDM], ids=["discrete", "flow", "edm"])
+def test_the_first_call_sees_unit_noise_at_the_top_of_the_scale(settings):
+    made = model([AGE, SEX], "adaptive_norm", **settings)
+    calls = record_calls(made)
+    made.sample_latents(made.encode_covariates([{}] * 64), 0, range(64), SamplingOptions(num_inference_steps=4))
+    x, t, _ = calls[0]
+    assert x.std().item() == pytest.approx(1.0, abs=0.02)
+    assert t.tolist() == pytest.approx([999.0 if not settings else 1000.0] * 64)
+    assert all(t.dtype == torch.float32 for _, t, _ in calls)
+    times = [t[0].item() for _, t, _ in calls]
+    assert times == sorted(times, reverse=True)
+
+
+def test_the_shift_is_resolved_by_the_latents_size_and_kept_in_the_file(tmp_path):
+    made = model([AGE], "concat", **FLOW)
+    assert made.schedule == FlowSchedule(shift=2.0)  # sqrt(64 / 16)
+    made.save(tmp_path / "m.safetensors")
+    assert LatentDiffusionModel.load(tmp_path / "m.safetensors").schedule == made.schedule
+
+
+def test_scales_by_covariate_follow_the_formula_and_ask_for_no_more():
+    made = model([AGE, SEX], "adaptive_norm")
+    values = made.encode_covariates([{"age": 50.0, "sex": "F"}] * 2)
+    step = next(iter(made.schedule.grid(3)))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    no_age = made.encode_covariates([{"sex": "F"}] * 2)
+    with torch.no_grad():
+        whole, without = made.denoise_many(x, step, [values, no_age])
+        calls = record_calls(made)
+        settings = SamplingOptions(guidance_scale={"age": 2.5, "sex": 1.0})
+        prediction = made.guided_denoise(values, settings)(x, step)
+    torch.testing.assert_close(prediction.eps, whole.eps + 1.5 * (whole.eps - without.eps), rtol=1e-4, atol=1e-4)
+    assert [len(x) for x, _, _ in calls] == [4]
+    with pytest.raises(LdmError, match="covariate 'aeg' is not known; legal: age, sex. Did you mean 'age'"):
+        made.sample({}, n=1, guidance_scale={"aeg": 2.0})
+
+
+def test_guidance_stays_in_its_interval():
+    made = model([AGE], "concat", **FLOW)
+    calls = record_calls(made)
+    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "guidance_interval": [0.5, 2.0]}
+    made.sample({"age": 50.0}, n=1, precision="float32", **options)
+    ratios = [sigma / alpha if alpha else math.inf for alpha, sigma in zip(*grid_levels(made, 10), strict=True)]
+    assert [len(x) for x, _, _ in calls] == [2 if 0.5 < ratio <= 2.0 else 1 for ratio in ratios]
+    assert {len(x) for x, _, _ in calls} == {1, 2}
+
+
+def grid_levels(made, count):
+    grid = made.schedule.grid(count)
+    return grid.alpha[:-1], grid.sigma[:-1]
+
+
+def test_a_learned_variance_is_read_from_the_second_half_and_sampled_with(tmp_path):
+    made = model([AGE], "concat", **LEARNED)
+    step = next(iter(made.schedule.grid(3)))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    values = made.encode_covariates([{"age": 50.0}] * 2)
+    with torch.no_grad():
+        output = made.evaluate(made.network, x, torch.full((2,), step.t), values)
+        prediction = made.denoise_many(x, step, [values])[0]
+    assert output.shape == (2, 6, 8, 8)
+    torch.testing.assert_close(prediction.variance, (output[:, 3:] + 1) / 2)
+    torch.testing.assert_close(prediction.x0, step.alpha * x - step.sigma * output[:, :3], rtol=1e-4, atol=1e-4)
+    made.save(tmp_path / "m.safetensors")
+    again = LatentDiffusionModel.load(tmp_path / "m.safetensors")
+    options = {"n": 1, "seed": 3, "sampler": "ddpm", "options": {"variance": "learned"}, "precision": "float32"}
+    images = again.sample({"age": 50.0}, **options).images
+    assert (images == made.sample({"age": 50.0}, **options).images).all()
+    small = made.sample({"age": 50.0}, **{**options, "options": {"variance": "small"}}).images
+    assert abs(images - small).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "dpmpp"}, "Did you mean 'dpmpp_2m'"),
+        ({"sampler": "heun", "options": {"eta": 1.0}}, "Option of sampler 'heun'"),
+        ({"timestep_spacing": "trail"}, "Did you mean 'trailing'"),
+        ({"guidance_interval": [2.0, 1.0]}, "guidance_interval is"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale is 2.0"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(LdmError, match=message):
+        SamplingOptions(**options)
+
+
+def test_a_model_that_cannot_be_sampled_is_not_built():
+    with pytest.raises(LdmError, match="'epsilon' does not go with schedule 'flow'"):
+        model([AGE], "concat", **{**FLOW, "prediction_type": "epsilon"})
