@@ -28,6 +28,7 @@ from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Step
 from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
+from ldm.model.editing import Editing
 from ldm.model.file import load_strict, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
 from ldm.model.inputs import Inputs, as_lists, check_inputs, encode_condition, input_names
@@ -90,7 +91,7 @@ class Samples:
     indices: list[int]
 
 
-class LatentDiffusionModel(nn.Module):
+class LatentDiffusionModel(Editing, nn.Module):
     """First stage, latent statistics, denoiser, conditioners and schedule, with the data's description.
 
     Use :meth:`load`; the constructor is for training. Images come from :meth:`sample`::
