@@ -59,6 +59,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "model_sha256": model.header["tensors_sha256"],
         "cohort": datamodule.cohort.name,
+        "simulated": model.header.get("simulated", False),
         "split_sha256": datamodule.cohort.split_hash,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
         "reconstruction": quality(real, rebuilt, value_range),

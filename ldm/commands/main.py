@@ -35,7 +35,15 @@ logger = logging.getLogger("ldm")
 
 def main() -> None:
     """Entry point of the console script."""
-    arguments = sys.argv[1:]
+    try:
+        _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        raise SystemExit(1) from None
+
+
+def _run(arguments: Sequence[str]) -> None:
     verbs = "\n".join(f"  {verb:<17}{text}" for verb, text in VERBS.items())
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE.format(verbs=verbs))

@@ -76,6 +76,7 @@ def draw(
     options = sampling_options(config)
     provenance = {
         "model_sha256": read_header(path)["tensors_sha256"],
+        "simulated_training_data": model.header.get("simulated", False),
         "sampling": {**vars(model.defaults), **options},
         "precision": config.get("precision", "auto"),
         **({"files_sha256": files_sha256(inputs)} if inputs else {}),

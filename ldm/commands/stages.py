@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from ldm.commands.run import plain
 from ldm.commands.safe import build
@@ -67,10 +68,25 @@ def record_inputs(conditioners: Mapping[str, Any], records: Sequence[Record]) ->
 
 def loggers(config: DictConfig) -> list[Any]:
     """The loggers that are asked for beside ``metrics.jsonl``; they get the resolved configuration."""
-    built = [build(config.logger.extra[name], f"logger.extra.{name}") for name in config.logger.extra]
+    sections = {name: config.logger.extra[name].copy() for name in config.logger.extra}
+    for section in sections.values():
+        if str(section.get("_target_")).endswith(".WandbLogger") and "id" not in section:
+            with open_dict(section):  # a resumed run goes on in the same panels
+                section.update(id=run_id(Path(config.run_dir)), resume="allow")
+    built = [build(section, f"logger.extra.{name}") for name, section in sections.items()]
     for one in built:
         one.log_hyperparams(plain(config))
     return built
+
+
+def run_id(run_dir: Path) -> str:
+    """A random name that stays with a run folder, in ``wandb_id``."""
+    path = run_dir / "wandb_id"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
 
 def voxels(shape: tuple[int, ...]) -> str:

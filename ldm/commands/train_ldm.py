@@ -30,7 +30,8 @@ from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
 from ldm.training.data import LatentDataModule
-from ldm.training.fit import fit
+from ldm.training.ema import EMA
+from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.panels import SamplePanels
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
+    check_trainer(plain(config.trainer))
     check_diffusion(plain(config.ldm))
     first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
@@ -60,7 +62,7 @@ def run(config: DictConfig) -> dict[str, float]:
 
     def save_model(metrics: Mapping[str, float]) -> None:
         model.header |= {"metrics": dict(metrics), "steps": module.step}
-        model.save(run_dir / "model.safetensors")
+        save_averages(model, module.ema, run_dir)
 
     metrics = fit(
         module,
@@ -86,6 +88,14 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
+
+
+def save_averages(model: LatentDiffusionModel, ema: EMA, folder: Path) -> None:
+    """Write ``model.safetensors``, and ``model-ema<decay>.safetensors`` of every decay after the first."""
+    for index, (decay, network) in enumerate(zip(ema.decays, ema.averages, strict=True)):
+        model.network, model.header["ema_decay"] = network, decay
+        model.save(folder / (f"model-ema{decay}.safetensors" if index else "model.safetensors"))
+    model.network, model.header["ema_decay"] = ema.module, ema.decays[0]
 
 
 def check_diffusion(ldm: Mapping[str, Any]) -> None:
@@ -235,6 +245,7 @@ def build_model(
     ldm = plain(config.ldm)
     header: dict[str, Any] = {
         "cohort": datamodule.cohort.name,
+        "simulated": config.data.simulate is not None,
         "split_sha256": datamodule.cohort.split_hash,
         "first_stage": dict(first_stage.config),
         "first_stage_sha256": first_stage.sha256,

@@ -14,7 +14,7 @@ from ldm.commands.stages import cohort_datamodule, loggers, prepared
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
 from ldm.model.segmenter import Segmenter
-from ldm.training.fit import fit
+from ldm.training.fit import check_trainer, fit
 from ldm.training.segmenter import SegmenterModule
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ def run(config: DictConfig) -> dict[str, float]:
     """Train on the cohort's label maps and write ``model.safetensors``; returns the held-out metrics."""
     if config.data.labels is None:
         raise LdmError("train-segmenter needs label maps: set data.labels and data.label_names.")
+    check_trainer(plain(config.trainer))
     run_dir = Path(config.run_dir)
     labels = LabelClasses.from_config(plain(config.data).get("label_names"))
     datamodule = prepared(cohort_datamodule(config, config.segmenter.batch_size))

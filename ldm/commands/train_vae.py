@@ -13,7 +13,7 @@ from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
 from ldm.model.file import load_matching, read_header, read_tensors
 from ldm.model.first_stage import KIND, FirstStage
-from ldm.training.fit import fit
+from ldm.training.fit import check_trainer, fit
 from ldm.training.panels import ReconstructionPanels
 from ldm.training.vae import VAE
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the first stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
+    check_trainer(plain(config.trainer))
     datamodule = prepared(cohort_datamodule(config, config.vae.batch_size, config.vae.patch_size))
     write_config(config, run_dir)
     module = build_vae(config, datamodule)

@@ -176,7 +176,7 @@ class Schedule(ABC):
     @property
     def ends_in_pure_noise(self) -> bool:
         """Whether the noisiest training time has no signal at all, alpha = 0."""
-        return self.alpha(self.time_at(torch.ones(1))).item() == 0
+        return self.alpha(self.time_at(torch.ones(1, device="cpu"))).item() == 0
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Draw ``x_t = alpha(t) x0 + sigma(t) eps`` (Ho et al. 2020, eq. 4), in float32.
@@ -321,17 +321,19 @@ class NoiseSchedule(Schedule):
         return chain(times, [math.sqrt(value) for value in abar], [math.sqrt(1 - value) for value in abar], end=-1)
 
     @cached_property
-    def _betas(self) -> Tensor:
+    def _betas(self) -> Tensor:  # on the CPU, whatever device new tensors are made on by default
         return _rescaled(self._plain_betas) if self.rescale_zero_terminal_snr else self._plain_betas
 
     @cached_property
     def _plain_betas(self) -> Tensor:
         steps = self.num_train_timesteps
         if self.beta_schedule == "linear":
-            return torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float64)
+            return torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float64, device="cpu")
         if self.beta_schedule == "scaled_linear":
-            return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float64) ** 2
-        times = torch.arange(steps + 1, dtype=torch.float64) / steps
+            return (
+                torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
+            )
+        times = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         if self.beta_schedule == "cosine":
             # Nichol & Dhariwal 2021, eq. 17: abar(t) = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) pi / 2)
             f = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2

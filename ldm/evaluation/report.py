@@ -43,7 +43,7 @@ def write_report(
     }
     html = environment.get_template("report.html").render(
         cohort=metrics["cohort"],
-        simulated=metrics["cohort"] == "simulated",
+        simulated=metrics["simulated"],
         metrics=metrics,
         verdict=verdict(metrics),
         mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],

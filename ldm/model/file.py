@@ -6,12 +6,13 @@ networks it names come from a fixed table (:mod:`ldm.model.build`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,22 @@ def read_header(path: Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and header.get("kind") != kind:
         raise LdmError(f"{path} holds a model of kind '{header.get('kind')}', expected '{kind}'.")
     return header
+
+
+def names_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``load(cls, path, ...)``: a header that lacks something is an `LdmError` that names file and key."""
+
+    @functools.wraps(load)
+    def wrapper(cls: type, path: str | Path, *arguments: Any, **options: Any) -> Any:
+        try:
+            return load(cls, path, *arguments, **options)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise LdmError(
+                f"{path}: its header does not describe a whole model ({type(error).__name__}: {error}). It may come "
+                "from another version of this package."
+            ) from error
+
+    return wrapper
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

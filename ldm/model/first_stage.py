@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.data.preprocessing import Preprocessing
 from ldm.model.build import build_first_stage
-from ldm.model.file import load_strict, read_header, read_tensors, tensors_hash, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, tensors_hash, write_model
 
 KIND = "first_stage"
 
@@ -63,6 +63,7 @@ class FirstStage:
         write_model(path, self.network.state_dict(), header)
 
     @classmethod
+    @names_the_file
     def load(cls, path: Path) -> FirstStage:
         """Read a file that :meth:`save` wrote; the network is frozen.
 

@@ -29,7 +29,7 @@ from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
 from ldm.model.editing import Editing
-from ldm.model.file import load_strict, read_header, read_tensors, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
 from ldm.model.inputs import Inputs, as_lists, check_inputs, encode_condition, input_names
 from ldm.model.network import ConditionalDenoiser, with_new_names
@@ -156,6 +156,7 @@ class LatentDiffusionModel(Editing, nn.Module):
         write_model(path, self.state_dict(), header)
 
     @classmethod
+    @names_the_file
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionModel:
         """Read a model file; nothing in it is executed.
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ldm.data import images
 from ldm.errors import LdmError
+from ldm.model.file import package_versions
 from ldm.model.inputs import Inputs
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
 PROVENANCE = "provenance.json"
+WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
 
 
 def write_samples(
@@ -65,7 +68,7 @@ def write_samples(
     asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
     record = json.loads(json.dumps({**provenance, **asked}, sort_keys=True))
     _expect_same_request(out, record)
-    _write_text(out / PROVENANCE, json.dumps(record, indent=1))
+    _write_text(out / PROVENANCE, json.dumps({**record, WRITTEN: _written()}, indent=1))
     paths = [image_paths(model, out, name) for name in names]
     todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]
     if progress is not None and len(todo) < len(rows):
@@ -149,12 +152,17 @@ def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
     if not path.is_file() or not any(out.glob("sub-*")):  # a request that drew nothing binds nobody
         return
     stored = json.loads(path.read_text())
+    stored.pop(WRITTEN, None)
     differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
     if differing:
         raise LdmError(
             f"{out} holds samples of another request ({', '.join(differing)} differ). Choose another out=..., "
             "or remove the folder."
         )
+
+
+def _written() -> dict[str, Any]:
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
-from ldm.model.file import load_strict, read_header, read_tensors, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
 from ldm.precision import autocast
 
@@ -72,6 +72,7 @@ class Segmenter:
         write_model(path, self.network.state_dict(), header)
 
     @classmethod
+    @names_the_file
     def load(cls, path: str | Path) -> Segmenter:
         """Read a file that :meth:`save` wrote; the network is frozen."""
         header = read_header(Path(path), KIND)

@@ -33,7 +33,7 @@ class AutoencoderKL(MonaiAutoencoderKL):
         attention_levels: which levels have self-attention.
         latent_channels: channels of a latent.
         norm_num_groups: groups of the group normalisation.
-        stem: ``none``, ``space_to_depth``, ``haar``, or ``auto`` (``haar`` in 3-D, ``none`` in 2-D).
+        stem: ``none``, ``space_to_depth``, ``haar``, or ``auto`` (``space_to_depth`` in 3-D, ``none`` in 2-D).
         refine_channels: hidden channels of the residual convolution behind the inverse stem; 0 leaves it out.
         use_checkpoint: recompute activations in the backward pass to save memory.
 
@@ -59,7 +59,7 @@ class AutoencoderKL(MonaiAutoencoderKL):
         refine_channels: int = 8,
     ) -> None:
         if stem == "auto":
-            stem = "haar" if spatial_dims == 3 else "none"
+            stem = "space_to_depth" if spatial_dims == 3 else "none"
         if stem not in STEMS:
             raise LdmError(f"stem '{stem}' is unknown; legal: auto, {', '.join(STEMS)}.{nearest(stem, STEMS)}")
         block = 1 if stem == "none" else 2**spatial_dims
@@ -84,7 +84,7 @@ class AutoencoderKL(MonaiAutoencoderKL):
                 f"vae.network: {error} (channels {list(channels)}, attention_levels {list(attention_levels)}, "
                 f"norm_num_groups {norm_num_groups}, num_res_blocks {num_res_blocks})"
             ) from error
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.stem_kind = spatial_dims, stem
         self.stem = None if stem == "none" else BlockStem(spatial_dims, stem)
         self.refine = None
         if self.stem is not None and refine_channels:

@@ -66,7 +66,7 @@ def fit(
     Raises:
         LdmError: the checkpoint in ``run_dir`` belongs to another configuration.
     """
-    _check_keys(trainer)
+    check_trainer(trainer)
     run_dir = Path(run_dir)
     checkpoint = run_dir / "last.ckpt"
     budget = Budget(trainer["max_steps"], trainer["max_time"])
@@ -188,7 +188,13 @@ def _precision(config: Mapping[str, Any]) -> str:
     return "bf16-mixed" if fast_at_bf16(torch.device("cuda" if wants_gpu else "cpu")) else "32-true"
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def check_trainer(config: Mapping[str, Any]) -> None:
+    """Refuse a ``trainer`` section that `fit` would refuse; to be asked before anything is read or prepared.
+
+    Raises:
+        LdmError: an unknown key, or no legal end of training.
+    """
+    Budget(config["max_steps"], config["max_time"])
     for name in config:
         if name not in TRAINER_KEYS:
             raise LdmError(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.training import figures
 
@@ -16,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class FigureCallback(Callback):
-    """Writes figures into ``figures/`` of the run and hands them to every logger with ``log_image``."""
+    """Writes figures into ``figures/`` of the run and hands them to every logger that takes pictures."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder) / "figures"
@@ -26,6 +28,8 @@ class FigureCallback(Callback):
         for one in trainer.loggers:
             if hasattr(one, "log_image"):
                 one.log_image(key=name, images=[str(path)], step=step)
+            elif isinstance(one, TensorBoardLogger):
+                one.experiment.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def curves(self, folder: Path, names: Sequence[str]) -> None:
         """Draw ``metrics.jsonl``."""

@@ -71,9 +71,11 @@ class VAE(StageModule):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
-        self.config = dict(network)
         self.loss = _checked_loss(loss)
         self.network = build_first_stage(network)
+        self.config = dict(network)
+        if "stem" in self.config:  # a file says which stem it has, whatever `auto` means to its reader
+            self.config["stem"] = self.network.stem_kind
         self.image_range, self.image_shape, self.log_every = image_range, tuple(image_shape), log_every
         spatial_dims, channels = self.network.spatial_dims, image_shape[0]
         settings = dict(discriminator)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from ldm.commands.main import VERBS, conf_dir
 from ldm.conditioning.covariates import MODES
 from ldm.diffusion.prediction import PREDICTION_TYPES
+from ldm.model.file import read_header
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
@@ -79,7 +80,7 @@ def first_stage(tmp_path_factory, cohort_root):
         ),
         ("ldm.schedule={num_train_timesteps: 100, beta_schedule: cosine, beta_start: null, beta_end: null}",),
         ("ldm.latents={variants: 2, dtype: float32, labels: true}", "data.augment={scale: 0.05, flip_axes: [0]}"),
-        ("ldm.ema_decays=[0.99,0.9]", "ldm.optimizer.accumulate=2", "trainer.precision=bf16-mixed"),
+        ("ldm.ema_decays=[0.99,0.05]", "ldm.optimizer.accumulate=2", "trainer.precision=bf16-mixed"),
         ("logger=csv",),
         ("logger=tensorboard",),
     ],
@@ -89,6 +90,10 @@ def test_the_second_stage_takes_a_step(ldm, tiny, first_stage, overrides):
     code, text = ldm("train-ldm", *tiny, f"runs_dir={first_stage}", "run_dir=run", "trainer.max_steps=1", *overrides)
     assert not code, text
     assert "Validation loss" in text
+    if "ldm.ema_decays=[0.99,0.05]" in overrides:  # a model file each
+        first, second = (read_header(f"run/{name}.safetensors") for name in ("model", "model-ema0.05"))
+        assert (first["ema_decay"], second["ema_decay"]) == (0.99, 0.05)
+        assert first["tensors_sha256"] != second["tensors_sha256"]
 
 
 @pytest.mark.parametrize(

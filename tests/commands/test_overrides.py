@@ -1,5 +1,8 @@
 """The command line says what is wrong before anything runs."""
 
+import subprocess
+import sys
+
 import pytest
 
 
@@ -12,6 +15,7 @@ import pytest
         (["sample", "step=10"], "no setting 'step'. Did you mean 'steps'?"),
         (["check", "data=nift"], "Did you mean 'nifti'?"),
         (["check", "data.root='unclosed"], "does not parse"),
+        (["train-vae", "trainer.max_time=1h", "data.root=nowhere"], "'1h' is not a time; legal: DD:HH:MM:SS"),
         (["train-vae", "+trainer.maxsteps=3", "trainer.max_steps=1"], "trainer.maxsteps is not a setting"),
     ],
 )
@@ -41,6 +45,13 @@ def test_a_missing_model_says_what_to_run(ldm, tiny):
     code, text = ldm("sample", *tiny)
     assert code
     assert "ldm train-ldm" in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m ldm check --help | head -n 1"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "ldm check" in shown.stdout
+    assert not shown.stderr
 
 
 @pytest.mark.parametrize("verb", ["check", "train-vae", "train-ldm", "train-segmenter", "sample", "evaluate"])

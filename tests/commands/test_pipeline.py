@@ -1,6 +1,7 @@
 """The main job from end to end, at a size that takes seconds; and that it goes on where it stopped."""
 
 import json
+from importlib import metadata
 
 import nibabel as nib
 import numpy as np
@@ -112,6 +113,8 @@ def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp
     provenance = json.loads((tmp_path / "out/provenance.json").read_text())
     assert provenance["seed"] == 0
     assert provenance["sampling"]["num_inference_steps"] == 2
+    assert provenance["simulated_training_data"] is True
+    assert provenance["written"]["versions"]["torch"] == metadata.version("torch")
     assert (tmp_path / "out/mosaic.png").is_file()
 
     # the same command goes on: only what is missing is drawn again, and it comes out the same

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from ldm.commands.main import conf_dir
 from ldm.commands.safe import ALLOWED_TARGETS, build
 from ldm.errors import LdmError
-from ldm.model.file import read_header
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.training.fit import read_checkpoint
 
@@ -73,9 +72,13 @@ def test_every_target_of_the_configuration_is_allowed():
         ({"ldm": "[]"}, "without the description"),
         ({"ldm": json.dumps({"format_version": 99})}, "format version 99"),
         ({"ldm": json.dumps({"format_version": 1, "kind": "first_stage"})}, "of kind 'first_stage'"),
+        (
+            {"ldm": json.dumps({"format_version": 1, "kind": "latent_diffusion"})},
+            "whole model .KeyError: 'latent_shape'",
+        ),
     ],
 )
 def test_a_foreign_header_is_named(tmp_path, header, expected):
     save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", metadata=header)
     with pytest.raises(LdmError, match=expected):
-        read_header(tmp_path / "m.safetensors", "latent_diffusion")
+        LatentDiffusionModel.load(tmp_path / "m.safetensors")

@@ -264,7 +264,7 @@ def test_encoding_and_decoding_return_the_data(schedule):
         return (ddim(ideal_denoise(), code, grid) - x).abs().max().item()
 
     for share in (0.75, 1.0):
-        assert error(400, share) < 0.02
+        assert error(400, share) < 0.03
         assert error(400, share) < error(100, share) / 2
 
 
@@ -407,8 +407,7 @@ def test_encoding_moves_as_published_and_as_diffusers_but_asks_at_another_time()
 
     They differ in what the network is asked. From t to t_next the ODE's slope is eps(x_t, t): the level at which x
     stands, as here. DDIMInverse feeds t_next with x_t, that is, tells the network of more noise than x has. Both err
-    by O(step), but it is the slope at x_t that makes encoding the explicit Euler method; the less the step, the less
-    it matters.
+    by O(step), which of them less depends on the path; but only the slope at x_t is the explicit Euler method.
     """
     schedule, count = SCHEDULES["scaled_linear"], 10
     grid, asked = schedule.grid(count), []

@@ -41,6 +41,15 @@ def test_tables_are_those_of_diffusers_in_float64(name):
     torch.testing.assert_close(schedule.alphas_cumprod.float(), oracle.alphas_cumprod, rtol=2e-4, atol=0)
 
 
+def test_tables_stay_on_the_cpu_whatever_the_default_device():
+    for name in SCHEDULES:
+        with torch.device("meta"):
+            schedule = NoiseSchedule(10, name)
+            assert not schedule.ends_in_pure_noise
+        assert schedule.alphas_cumprod.device.type == "cpu"
+        assert schedule.grid(5).alpha[-1] == 1
+
+
 def test_cosine_is_capped_at_the_noise_end_only():
     betas, abar = SCHEDULES["cosine"].betas, SCHEDULES["cosine"].alphas_cumprod
     assert (betas == 0.999).nonzero().flatten().tolist() == [999]

@@ -68,7 +68,9 @@ def test_a_network_that_knows_x0_and_eps_has_no_loss(settings):
 def test_the_bound_trains_the_variance_and_leaves_the_mean_alone():
     def gradient(**loss):
         module = stage(LEARNED, **loss)
-        weighted, plain = module.losses(module.network, *batch_and_draws(module))
+        batch, draws = batch_and_draws(module)
+        draws["t"] = torch.arange(6)  # where small and large variance differ
+        weighted, plain = module.losses(module.network, batch, draws)
         weighted.mean().backward()
         return plain, module.network.denoiser.unet.out[2].conv.weight.grad  # (2 C, ...)
 

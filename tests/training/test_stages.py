@@ -55,6 +55,12 @@ def test_kl_against_torch_and_its_weight_in_summed_form():
     )
 
 
+def test_a_file_says_which_stem_it_has():
+    network = {"kind": "autoencoder_kl", "spatial_dims": 3, "in_channels": 1, "channels": [16, 16], "stem": "auto"}
+    module = VAE(network, {**LOSS, "adversarial_weight": 0}, OPTIMIZER, {"lr": 1e-4}, (1, 16, 16, 16))
+    assert module.config["stem"] == module.network.stem_kind == "space_to_depth"
+
+
 def test_psnr_of_a_known_error():
     assert psnr(torch.zeros(4), torch.full((4,), 0.1), 1.0) == pytest.approx(20.0, abs=1e-4)
     assert psnr(torch.zeros(4), torch.full((4,), 0.1), 2.0) == pytest.approx(26.0206, abs=1e-3)
