@@ -128,7 +128,7 @@ def draw(autoencoder, unet, inferer, scheduler, steps: int, codes: torch.Tensor,
 @torch.no_grad()
 def evaluate(autoencoder, unet, inferer, datamodule, instrument, config) -> dict:
     """Held-out PSNR; asked against measured over n samples of MONAI's DDIM; pictures of its full chain as well."""
-    real, rows = held_out(datamodule)
+    real, rows, _ = held_out(datamodule, datamodule.preprocessing.channels)
     images = [torch.from_numpy(x) for x in real]
     values = [psnr(x, autoencoder.reconstruct(x[None])[0].clamp(0, 1), 1.0) for x in images]
     result = {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "fidelity": {}}

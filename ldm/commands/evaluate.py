@@ -16,8 +16,9 @@ from rich.progress import track
 
 from ldm.commands.run import plain
 from ldm.commands.sample import draw, load_model
-from ldm.commands.stages import cohort_datamodule, prepared
+from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.datamodule import CohortDataModule
+from ldm.data.draft import Record
 from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.evaluation.agreement import agreement
@@ -46,10 +47,12 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
             "could be among the held-out ones. Use the same data settings as for training."
         )
-    real, rows = held_out(datamodule)
+    real, rows, records = held_out(datamodule, model.preprocessing.channels)
     repeated = min(config.repeats, len(rows))
-    asked = [dict(rows[i % len(rows)]) for i in range(config.n)] + [dict(row) for row in rows[:repeated]]
-    draw(model, path, folder / "samples", asked, config)
+    numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
+    asked = [dict(rows[i]) for i in numbers]
+    inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
+    draw(model, path, folder / "samples", asked, config, inputs)
     samples = [in_model_space(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
     rebuilt = reconstructions(model, real, value_range)
@@ -72,18 +75,25 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def held_out(datamodule: CohortDataModule) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
-    """Images ``(C, *S)`` and covariate rows of the subjects that no stage was trained on."""
-    images, rows = [], []
+def held_out(
+    datamodule: CohortDataModule, channels: Sequence[str]
+) -> tuple[list[np.ndarray], list[dict[str, Any]], list[Record]]:
+    """Images ``(C, *S)``, covariate rows and records of the subjects that no stage was trained on.
+
+    Only those channels that the model generates.
+    """
+    images, rows, records = [], [], []
+    chosen = [datamodule.preprocessing.channels.index(name) for name in channels]
     for split in ("test", "valid"):
         dataset = datamodule.dataset(split)
         for position in range(len(dataset)):
             item = dataset[position]
-            images.append(item["image"].float().numpy())
-            rows.append(dict(datamodule.cohort.records[item["index"]].covariates))
+            records.append(datamodule.cohort.records[item["index"]])
+            images.append(item["image"][chosen].float().numpy())
+            rows.append(dict(records[-1].covariates))
     if not images:
         raise LdmError(f"cohort '{datamodule.cohort.name}' has no held-out subjects; see data.split.")
-    return images, rows
+    return images, rows, records
 
 
 def in_model_space(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:

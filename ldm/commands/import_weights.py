@@ -59,6 +59,7 @@ def describe(config: DictConfig, preprocessing: Preprocessing, in_channels: int)
         ],
         "denoiser": ldm["network"],
         "condition": ldm["condition"],
+        "conditioners": ldm["conditioners"],
         "schedule": ldm["schedule"],
         "prediction_type": ldm["prediction_type"],
         "sampling": ldm["sampling"],

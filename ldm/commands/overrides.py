@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
 
-FREE_FORM = ("data.covariates", "data.label_names")  # mappings whose names are the user's
+FREE_FORM = ("data.covariates", "data.label_names", "ldm.conditioners")  # mappings whose names are the user's
 
 
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
-"""``ldm sample``: images with asked covariates, in the cohort's space."""
+"""``ldm sample``: images with asked covariates, label maps, images or texts, in the cohort's space."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from ldm.commands.run import plain, require_file
-from ldm.data.images import read
-from ldm.data.table import read_table
-from ldm.errors import LdmError
+from ldm.conditioning.build import SETTINGS
+from ldm.data.images import read, split_reference
+from ldm.data.table import Table, read_table
+from ldm.errors import LdmError, nearest
 from ldm.model.file import read_header
+from ldm.model.inputs import Inputs
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import write_samples
 from ldm.training import figures
@@ -24,6 +28,7 @@ from ldm.training.panels import describe
 
 logger = logging.getLogger(__name__)
 
+_COLUMN = re.compile(r"\{(\w+)\}")
 SHOWN = 16  # samples in the mosaic
 DEFAULT_COUNT = 16  # samples when neither `n` nor a table says how many
 OPTIONS = {
@@ -43,8 +48,11 @@ def run(config: DictConfig) -> list[Path]:
             raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
     out = Path(config.run_dir)
     model, path = load_model(config)
-    rows = model.covariate_rows(asked_rows(config.covariates, model), _count(config), config.seed)
-    paths = draw(model, path, out, rows, config)
+    table = asked_table(config.covariates)
+    given = asked_inputs(config, table)
+    rows = asked_rows(config.covariates, table, model, given)
+    rows, inputs = model.requests(rows, given, _count(config), config.seed)
+    paths = draw(model, path, out, rows, config, inputs)
     mosaic_of(model, paths[:SHOWN], rows, out / "mosaic.png")
     logger.info("%d samples, their table and mosaic.png are in %s", len(paths), out)
     return paths
@@ -57,15 +65,21 @@ def load_model(config: DictConfig) -> tuple[LatentDiffusionModel, Path]:
 
 
 def draw(
-    model: LatentDiffusionModel, path: Path, out: Path, rows: Sequence[Mapping[str, Any]], config: DictConfig
+    model: LatentDiffusionModel,
+    path: Path,
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    config: DictConfig,
+    inputs: Inputs | None = None,
 ) -> list[Path]:
-    """Write one sample a row, with a progress bar."""
+    """Write one sample a row and its inputs, with a progress bar."""
     options = sampling_options(config)
     provenance = {
         "model_sha256": read_header(path)["tensors_sha256"],
         "simulated_training_data": model.header.get("simulated", False),
         "sampling": {**vars(model.defaults), **options},
         "precision": config.get("precision", "auto"),
+        **({"files_sha256": files_sha256(inputs)} if inputs else {}),
     }
     with Progress() as bar:
         task = bar.add_task("sampling", total=len(rows))
@@ -79,6 +93,7 @@ def draw(
             config.get("precision", "auto"),
             options,
             lambda count: bar.advance(task, count),
+            inputs,
         )
 
 
@@ -89,27 +104,89 @@ def sampling_options(config: DictConfig) -> dict[str, Any]:
     return options if config.get("eta") is None else options | {"options": {"eta": config.eta}}
 
 
-def asked_rows(covariates: Any, model: LatentDiffusionModel) -> list[dict[str, Any]] | None:
+def asked_table(covariates: Any) -> Table | None:
+    """The table that ``covariates`` names; None where it is a mapping, a list of mappings or nothing.
+
+    Raises:
+        LdmError: there is no such file.
+    """
+    if covariates is None or isinstance(covariates, DictConfig | ListConfig):
+        return None
+    if not Path(str(covariates)).is_file():
+        raise LdmError(f"covariates={covariates}: there is no such table. Give a TSV or CSV file, or {{age: 70}}.")
+    return read_table(Path(str(covariates)))
+
+
+def asked_rows(
+    covariates: Any, table: Table | None, model: LatentDiffusionModel, inputs: Mapping[str, Any]
+) -> list[dict[str, Any]] | None:
     """Rows of a table, of one mapping or of a list of mappings; None stays None.
 
     A table's columns that are no covariates of the model (such as participant_id) are left aside, unless one looks
-    like a covariate that the table lacks; "n/a" is null.
+    like a covariate that the table lacks; "n/a" is null. A table may do without covariates if it fills in ``inputs``.
     """
     if covariates is None:
         return None
     if isinstance(covariates, DictConfig):
         return [plain(covariates)]
-    if isinstance(covariates, ListConfig):
+    if table is None:
         return [dict(row) for row in plain(covariates)]
-    path = Path(str(covariates))
-    if not path.is_file():
-        raise LdmError(f"covariates={covariates}: there is no such table. Give a TSV or CSV file, or {{age: 70}}.")
-    table = read_table(path)
     known = [name for name in table.columns if name in model.schema.names]
-    if not known:
-        raise LdmError(f"{path} has no column of the model's covariates: {', '.join(model.schema.names)}.")
-    _expect_no_misspelt_column(path, table.columns, model.schema.names)
+    if not known and not inputs:
+        raise LdmError(f"{covariates} has no column of the model's covariates: {', '.join(model.schema.names)}.")
+    _expect_no_misspelt_column(Path(str(covariates)), table.columns, model.schema.names)
     return [{name: row[name] for name in known if row[name] is not None} for row in table.rows]
+
+
+def asked_inputs(config: DictConfig, table: Table | None) -> dict[str, Any]:
+    """``mask``, ``image`` and ``text``: one for all samples, a list, or, with {column}, one a row of the table.
+
+    Where the column has no value, nothing is given.
+
+    Raises:
+        LdmError: a template without a table, or with a column that the table lacks.
+    """
+    given = {name: config.get(name) for name in SETTINGS if config.get(name) is not None}
+    asked = {name: plain(value) if OmegaConf.is_config(value) else str(value) for name, value in given.items()}
+    return {name: _filled(name, value, table) for name, value in asked.items()}
+
+
+def _filled(name: str, value: Any, table: Table | None) -> Any:
+    columns = _COLUMN.findall(str(value))
+    if not columns:
+        return value
+    if table is None:
+        raise LdmError(f"{name}={value}: a template takes its columns from a table; set covariates=TABLE.")
+    for column in columns:
+        if column not in table.rows[0]:
+            raise LdmError(
+                f"{name}={value}: the table has no column '{column}'.{nearest(column, table.columns)} "
+                f"Columns: {', '.join(table.columns)}."
+            )
+    return [_fill(value, row) for row in table.rows]
+
+
+def _fill(value: Any, row: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _fill(one, row) for name, one in value.items()}
+    if any(row[column] is None for column in _COLUMN.findall(str(value))):
+        return None
+    return _COLUMN.sub(lambda match: row[match[1]], str(value))
+
+
+def files_sha256(inputs: Inputs) -> dict[str, str]:
+    """SHA-256 of every file that is given; a sample depends on what is in it."""
+    files = [
+        file
+        for name in ("mask", "image")
+        for value in inputs.get(name, ())
+        for file in (value.values() if isinstance(value, Mapping) else [value])
+    ]
+    paths = {str(file): split_reference(file)[0] for file in files if file is not None}
+    missing = [file for file, path in paths.items() if not path.is_file()]
+    if missing:
+        raise LdmError(f"There is no file {missing[0]}.")
+    return {file: hashlib.sha256(path.read_bytes()).hexdigest() for file, path in paths.items()}
 
 
 def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
@@ -133,5 +210,6 @@ def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence
 
 def _count(config: DictConfig) -> int | None:
     """Number of samples; None is one a row."""
-    table = isinstance(config.covariates, str | ListConfig)
-    return DEFAULT_COUNT if config.n is None and not table else config.n
+    asked = [config.covariates, *(config.get(name) for name in SETTINGS)]
+    several = isinstance(config.covariates, str) or any(isinstance(one, ListConfig) for one in asked)
+    return DEFAULT_COUNT if config.n is None and not several else config.n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, open_dict
 from ldm.commands.run import plain
 from ldm.commands.safe import build
 from ldm.data.datamodule import CohortDataModule
+from ldm.data.draft import Record
 from ldm.model.build import build_first_stage
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,17 @@ def prepared(datamodule: CohortDataModule) -> CohortDataModule:
         datamodule.prepare_data()
     datamodule.setup()
     return datamodule
+
+
+def record_inputs(conditioners: Mapping[str, Any], records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The label map and the images of each record that a model with these conditioners may be given."""
+    inputs: dict[str, list[Any]] = {}
+    if "mask" in conditioners:
+        inputs["mask"] = [record.labels for record in records]
+    if "image" in conditioners:
+        channels = conditioners["image"]["channels"]
+        inputs["image"] = [{name: record.images[name] for name in channels} for record in records]
+    return inputs
 
 
 def loggers(config: DictConfig) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from ldm.commands.run import plain, require_file, write_config
-from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
+from ldm.conditioning.base import COVARIATES
+from ldm.conditioning.build import complete, with_defaults
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
@@ -43,10 +46,13 @@ def run(config: DictConfig) -> dict[str, float]:
     first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     warn_of_quality(first_stage, config)
     datamodule = prepared(cohort_datamodule(config))
-    same_preprocessing(first_stage, datamodule)
-    train, valid = (posterior_cache(config, datamodule, first_stage, split) for split in ("train", "valid"))
+    conditioners = describe_conditioners(config, datamodule, first_stage)
+    same_preprocessing(first_stage, datamodule, conditioners)
+    train, valid = (
+        posterior_cache(config, datamodule, first_stage, split, conditioners) for split in ("train", "valid")
+    )
     write_config(config, run_dir)
-    model = build_model(config, datamodule, first_stage, train)
+    model = build_model(config, datamodule, first_stage, train, conditioners)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
@@ -66,6 +72,7 @@ def run(config: DictConfig) -> dict[str, float]:
         {
             "denoiser": model.header["denoiser"],
             "condition": model.header["condition"],
+            **({"conditioners": ldm["conditioners"]} if conditioners else {}),
             "schedule": model.header["schedule"],
             "prediction_type": model.prediction_type,
             "learned_variance": model.learned_variance,
@@ -77,7 +84,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
         loggers=loggers(config),
-        callbacks=[sample_panels(config, datamodule, run_dir)],
+        callbacks=[sample_panels(config, datamodule, run_dir, conditioners)],
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
@@ -98,6 +105,7 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
         LdmError: an unknown name, a number outside its range, or two settings that exclude each other.
     """
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
+    with_defaults(ldm["conditioners"])
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
@@ -117,13 +125,46 @@ def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
         )
 
 
-def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule) -> None:
+def describe_conditioners(
+    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage
+) -> dict[str, dict[str, Any]]:
+    """``ldm.conditioners`` with what the cohort adds, as it is stored with the model.
+
+    Raises:
+        LdmError: a setting that is not legal or that the cohort does not allow.
+    """
+    cohort, asked = datamodule.cohort, plain(config.ldm)["conditioners"]
+    if ("mask" in asked or config.ldm.latents.labels) and not all(record.labels for record in cohort.records):
+        raise LdmError(
+            "ldm.conditioners.mask and ldm.latents.labels need a label map for every image; set data.labels."
+        )
+    conditioners = complete(
+        asked,
+        datamodule.schema,
+        plain(config.data)["label_names"],
+        cohort.channels,
+        first_stage.network.downsampling_factor,
+        datamodule.dataset("all").label_values() if "mask" in asked else (),
+    )
+    if "image" in conditioners and cohort.channels != datamodule.preprocessing.channels:
+        raise LdmError("ldm.conditioners.image needs a file for each channel in data.image, e.g. {T1: ..., T2: ...}.")
+    return conditioners
+
+
+def diffused_channels(datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> tuple[str, ...]:
+    """The channels that are generated: all but those that are given as condition."""
+    given = conditioners.get("image", {}).get("channels", ())
+    return tuple(name for name in datamodule.preprocessing.channels if name not in given)
+
+
+def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> None:
     """Refuse a cohort that is prepared otherwise than the first stage's training images were.
 
     Raises:
         LdmError: naming what differs.
     """
     ours, theirs = datamodule.preprocessing.to_dict(), first_stage.preprocessing.to_dict()
+    ours["channels"] = list(diffused_channels(datamodule, conditioners))
     differing = [name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]]
     if differing:
         what = "; ".join(f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing)
@@ -131,12 +172,20 @@ def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule) ->
 
 
 def posterior_cache(
-    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage, split: str
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    first_stage: FirstStage,
+    split: str,
+    conditioners: Mapping[str, Any],
 ) -> PosteriorCache:
     """The posteriors of a split, encoded now if they are not there yet (by the first process only)."""
     augmented = split == "train" and config.ldm.latents.variants > 1
     data = plain(config.data)
-    label_classes = LabelClasses.from_config(data["label_names"]) if config.ldm.latents.labels else None
+    keep_labels = config.ldm.latents.labels or "mask" in conditioners
+    label_classes = LabelClasses.from_config(data["label_names"]) if keep_labels else None
+    channels = datamodule.preprocessing.channels
+    given = conditioners.get("image", {}).get("channels", ())
+    diffused = [channels.index(name) for name in diffused_channels(datamodule, conditioners)]
     encoder = CohortEncoder(
         first_stage.network,
         datamodule.dataset(split),
@@ -144,6 +193,8 @@ def posterior_cache(
         datamodule.augmentation,
         variants=config.ldm.latents.variants if augmented else 1,
         label_classes=label_classes,
+        diffused=tuple(diffused) if given else None,
+        conditions=tuple(channels.index(name) for name in given),
         spacing=datamodule.spacing,
         value_range=datamodule.preprocessing.value_range,
         seed=config.seed,
@@ -157,7 +208,8 @@ def posterior_cache(
         "split": split,
         "schema": datamodule.schema.to_dict(),
         "augment": data["augment"] if augmented else None,
-        "labels": None if label_classes is None else label_classes.values,
+        "labels": None if label_classes is None else {"shares": label_classes.values},
+        **({"images": list(given)} if given else {}),
         "variants": encoder.variants,
         "seed": config.seed if augmented else None,
         "dtype": config.ldm.latents.dtype,
@@ -179,12 +231,15 @@ def encode(encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: F
     def items(start: int):
         return track(encoder.items(start), f"encoding {key['split']}", total=len(encoder), completed=start)
 
-    channels = 0 if encoder.label_classes is None else len(encoder.label_classes)
-    write_cache(folder, key, items, len(encoder), shape, channels, dtype)
+    write_cache(folder, key, items, len(encoder), shape, encoder.plane_channels, dtype)
 
 
 def build_model(
-    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage, train: PosteriorCache
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    first_stage: FirstStage,
+    train: PosteriorCache,
+    conditioners: Mapping[str, Any],
 ) -> LatentDiffusionModel:
     """An untrained model for this cohort, with its latent statistics fitted."""
     ldm = plain(config.ldm)
@@ -197,6 +252,7 @@ def build_model(
         "latent_shape": list(train.latent_shape),
         "denoiser": ldm["network"],
         "condition": ldm["condition"],
+        "conditioners": dict(conditioners),
         "schedule": ldm["schedule"],
         "prediction_type": ldm["prediction_type"],
         "learned_variance": ldm["learned_variance"],
@@ -210,26 +266,43 @@ def build_model(
     model = LatentDiffusionModel(
         header,
         train.fit_space(),
-        datamodule.preprocessing,
+        replace(datamodule.preprocessing, channels=diffused_channels(datamodule, conditioners)),
         schema,
         datamodule.cohort.distribution() if len(schema) else None,
         first_stage.network,
     )
-    if model.network.conditioner is not None:
-        model.network.conditioner.fit(torch.from_numpy(train.covariates))
+    if COVARIATES in model.network.conditioners:
+        model.network.conditioners[COVARIATES].fit(torch.from_numpy(train.covariates))
+    if "text" in model.network.conditioners:
+        expect_short_captions(model, train)
     logger.info(
-        "Denoiser: %.1f M parameters on latents of %s; condition: %s on %s.",
+        "Denoiser: %.1f M parameters on latents of %s; condition: %s.",
         sum(p.numel() for p in model.network.parameters()) / 1e6,
         "x".join(map(str, train.latent_shape)),
-        ldm["condition"]["mode"],
-        ", ".join(schema.names) or "nothing",
+        model.condition_in_words(),
     )
     return model
 
 
-def sample_panels(config: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> SamplePanels:
-    """Fixed-seed samples at covariates of held-out subjects."""
+def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) -> None:
+    """Write every caption once before training does, so that one that is too long stops here; logs the first.
+
+    Raises:
+        LdmError: naming the caption and its tokens.
+    """
+    text = model.network.conditioners["text"]
+    rows = [model.schema.decode(vector) for vector in train.covariates]
+    for row in rows:
+        text.encode(None, row, ())
+    logger.info("Captions such as: %s", text.caption(rows[0]))
+
+
+def sample_panels(
+    config: DictConfig, datamodule: CohortDataModule, run_dir: Path, conditioners: Mapping[str, Any]
+) -> SamplePanels:
+    """Fixed-seed samples at covariates, label maps and images of held-out subjects."""
     records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
+    inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
     measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
-    return SamplePanels(run_dir, rows, config.ldm.val_steps, measure)
+    return SamplePanels(run_dir, rows, config.ldm.val_steps, measure, inputs)

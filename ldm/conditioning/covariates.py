@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.base import Conditioner, Conditioning
 from ldm.errors import LdmError, nearest
 
 MODES = ("concat", "cross_attention", "adaptive_norm", "hybrid")
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the conditioners hand to the denoiser; every part may be absent.
-
-    Attributes:
-        planes: ``(B, P)`` or ``(B, P, D, H, W)``, concatenated to the noisy latent.
-        context: ``(B, tokens, context_dim)``, attended to.
-        embedding: ``(B, E)``, added to the time embedding.
-    """
-
-    planes: Tensor | None = None
-    context: Tensor | None = None
-    embedding: Tensor | None = None
-
-    def as_kwargs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of the denoiser."""
-        return {"planes": self.planes, "context": self.context, "embedding": self.embedding}
-
-
-class CovariateConditioner(nn.Module):
+class CovariateConditioner(Conditioner):
     """Turns encoded covariates into planes, tokens or an embedding.
 
     A covariate that is not given (NaN) is replaced by its learned null, so any subset may be given when
-    sampling; :meth:`drop` hides covariates at random during training, each on its own and all at once.
+    sampling; :meth:`drop` hides covariates at random during training, each on its own.
 
     Modes:
         ``concat``: one plane per continuous or two-level covariate, one per level otherwise.
@@ -49,10 +30,7 @@ class CovariateConditioner(nn.Module):
         mode: see above.
         dim: width of a token or of the embedding (``cross_attention`` and ``adaptive_norm``).
         drop_rate: probability that a covariate is hidden, per sample and per covariate.
-        drop_all_rate: probability that all covariates of a sample are hidden.
     """
-
-    input_key = "covariates"
 
     def __init__(
         self,
@@ -60,34 +38,23 @@ class CovariateConditioner(nn.Module):
         mode: str = "adaptive_norm",
         dim: int = 128,
         drop_rate: float = 0.1,
-        drop_all_rate: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(drop_rate)
         if mode not in MODES:
             raise LdmError(f"condition.mode '{mode}' is unknown; legal: {', '.join(MODES)}.{nearest(mode, MODES)}")
-        for name, rate in (("drop_rate", drop_rate), ("drop_all_rate", drop_all_rate)):
-            if not 0 <= rate <= 1:
-                raise LdmError(f"condition.{name} is a probability, got {rate}; legal: 0 to 1.")
         if not levels:
             raise LdmError("A covariate conditioner needs at least one covariate; name some in data.covariates.")
         self.levels = tuple(int(count) for count in levels)
-        self.mode = mode
-        self.drop_rate, self.drop_all_rate = drop_rate, drop_all_rate
+        self.mode, self.num_uniforms = mode, len(self.levels)
+        self.has_embedding = mode == "adaptive_norm"
         if mode in ("concat", "hybrid"):
-            self.null = nn.Parameter(torch.zeros(sum(_width(count) for count in self.levels)))
+            self.plane_channels = sum(_width(count) for count in self.levels)
+            self.null = nn.Parameter(torch.zeros(self.plane_channels))
         else:
             self.tokens = nn.ModuleList(_Token(count, dim) for count in self.levels)
+        self.context_dim = {"cross_attention": dim, "hybrid": self.plane_channels}.get(mode)
         if mode == "adaptive_norm":
             self.merge = nn.Sequential(nn.Linear(len(self.levels) * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    @property
-    def plane_channels(self) -> int:
-        """Channels that this conditioner adds to the denoiser's input."""
-        return len(self.null) if self.mode in ("concat", "hybrid") else 0
-
-    def context_dim(self, dim: int) -> int | None:
-        """Width of a context token, None without cross-attention."""
-        return {"cross_attention": dim, "hybrid": self.plane_channels}.get(self.mode)
 
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
@@ -102,18 +69,13 @@ class CovariateConditioner(nn.Module):
                 token.centre.copy_(given.mean())
                 token.spread.copy_(given.std())
 
-    def drop(self, values: Tensor, uniforms: Tensor) -> Tensor:
-        """Hide covariates at random.
+    def drop(self, value: Tensor, uniforms: Tensor) -> Tensor:
+        """Hide covariates at random: ``(B, K)`` codes and ``(B, K)`` uniform random numbers -> NaN for hidden ones."""
+        return value.masked_fill(uniforms < self.drop_rate, torch.nan)
 
-        Args:
-            values: ``(B, K)`` encoded covariates.
-            uniforms: ``(B, K + 1)`` uniform random numbers; the last column decides about all of a sample.
-
-        Returns:
-            ``(B, K)`` with NaN for hidden ones.
-        """
-        hidden = (uniforms[:, :-1] < self.drop_rate) | (uniforms[:, -1:] < self.drop_all_rate)  # (B, K)
-        return values.masked_fill(hidden, torch.nan)
+    def not_given(self, count: int, size: Sequence[int]) -> Tensor:
+        """``(count, K)`` of NaN."""
+        return torch.full((count, len(self.levels)), torch.nan)
 
     def forward(self, values: Tensor) -> Conditioning:
         """Condition on ``(B, K)`` encoded covariates; NaN stands for "not given"."""
@@ -177,12 +139,12 @@ def build_conditioner(levels: Sequence[int], config: Mapping, embedding_dim: int
 
     Args:
         levels: levels of each covariate of the schema.
-        config: ``mode``, ``dim`` (token width of cross-attention), ``drop_rate``, ``drop_all_rate``.
+        config: ``mode``, ``dim`` (token width of cross-attention), ``drop_rate``; ``drop_all_rate`` is not its affair.
         embedding_dim: width of the denoiser's time embedding, the width of ``adaptive_norm``'s output.
     """
     if not levels or config["mode"] == "none":
         return None
-    settings = dict(config)
+    settings = {name: value for name, value in config.items() if name != "drop_all_rate"}
     if settings["mode"] == "adaptive_norm":
         settings["dim"] = embedding_dim
     return CovariateConditioner(levels, **settings)

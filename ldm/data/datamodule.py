@@ -82,14 +82,25 @@ class CohortDataset(Dataset):
         }
         return item if labels is None else item | {"labels": labels.contiguous()}
 
-    def _volumes(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def label_values(self) -> set[int]:
+        """Every value that the label maps have."""
+        if not self.has_labels:
+            return set()
+        return {int(value) for index in self.indices for value in np.unique(self._labels(index))}
+
+    def _labels(self, index: int) -> np.ndarray | None:
+        if not self.has_labels:
+            return None
         if self.cache is not None and index in self.cache:
-            labels = self.cache.labels(index) if self.has_labels else None
+            return self.cache.labels(index)
+        return self.preprocessing.load_labels(self.cohort.records[index])
+
+    def _volumes(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        labels = self._labels(index)
+        if self.cache is not None and index in self.cache:
             image = self.cache.image(index)
         else:
-            record = self.cohort.records[index]
-            image, _ = self.preprocessing.load(record)
-            labels = self.preprocessing.load_labels(record) if self.has_labels else None
+            image, _ = self.preprocessing.load(self.cohort.records[index])
         return torch.from_numpy(image), None if labels is None else torch.from_numpy(labels)
 
     def _item_seed(self, index: int) -> int:

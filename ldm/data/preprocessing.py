@@ -145,10 +145,7 @@ class Preprocessing:
             raise LdmError(
                 f"record '{record.id}': has {len(channels)} channels, the model has {', '.join(self.channels)}."
             )
-        geometry = self._plan(_header(next(iter(stored.values()))))
-        scaled = [self.intensity.apply(channel, name) for channel, name in channels]
-        placed = [geometry.forward(one[None], fill=self.intensity.background(one))[0] for one in scaled]
-        return np.stack(placed), geometry
+        return self._place(channels, stored)
 
     def load_labels(self, record: Record) -> np.ndarray:
         """Label map (*S), uint8, on the model's grid; padding is 0.
@@ -162,12 +159,46 @@ class Preprocessing:
         name, first = next(iter(record.images.items()))
         grids = {name: images.read_header(first, spatial_dims=self.spatial_dims), "labels": _header(stored)}
         _expect_one_grid(record.id, grids)
+        return self._place_labels(stored, record.labels)
+
+    def read_labels(self, ref: str) -> np.ndarray:
+        """Label map (*S), uint8, of a file that stands for itself, on the model's grid; padding is 0.
+
+        Raises LdmError unless the labels are whole numbers in 0..255.
+        """
+        self._expect_fitted()
+        return self._place_labels(images.read(ref, spatial_dims=self.spatial_dims), ref)
+
+    def read_channels(self, refs: Mapping[str, str]) -> np.ndarray:
+        """Model array (C, *S), float32, of files with one channel each, whatever channels the model has.
+
+        Raises LdmError naming the file when it cannot be read, has several channels, or lies on another grid.
+        """
+        self._expect_fitted()
+        stored = {name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in refs.items()}
+        for name, image in stored.items():
+            if len(image.array) != 1:
+                raise LdmError(f"{refs[name]}: has {len(image.array)} channels; '{name}' is one.")
+        _expect_one_grid(", ".join(refs.values()), {name: _header(image) for name, image in stored.items()})
+        return self._place([(image.array[0], refs[name]) for name, image in stored.items()], stored)[0]
+
+    def _place(
+        self, channels: Sequence[tuple[np.ndarray, str]], stored: Mapping[str, images.Image]
+    ) -> tuple[np.ndarray, Geometry]:
+        geometry = self._plan(_header(next(iter(stored.values()))))
+        scaled = [self.intensity.apply(channel, name) for channel, name in channels]
+        placed = [geometry.forward(one[None], fill=self.intensity.background(one))[0] for one in scaled]
+        return np.stack(placed), geometry
+
+    def _place_labels(self, stored: images.Image, ref: str) -> np.ndarray:
         values = np.rint(stored.array)
         if len(values) != 1 or not (values == stored.array).all() or values.min() < 0 or values.max() > 255:
             raise LdmError(
-                f"{record.labels}: is not a label map; it needs one channel of whole numbers in 0..255, this "
+                f"{ref}: is not a label map; it needs one channel of whole numbers in 0..255, this "
                 f"file has {len(values)} channel(s) from {stored.array.min():g} to {stored.array.max():g}."
             )
+        if stored.array.ndim != self.spatial_dims + 1:
+            raise LdmError(f"{ref}: has {stored.array.ndim - 1} spatial axes, the model has {self.spatial_dims}.")
         return self._plan(_header(stored)).forward(values.astype(np.uint8), labels=True)[0]
 
     # out ----------------------------------------------------------------------------------------------

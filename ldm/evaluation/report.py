@@ -52,7 +52,7 @@ def write_report(
         model={
             "parameters": f"{sum(p.numel() for p in model.network.parameters()) / 1e6:.1f} M",
             "latent": "x".join(map(str, model.latent_shape)),
-            "condition": f"{model.header['condition']['mode']} on {', '.join(model.schema.names) or 'nothing'}",
+            "condition": model.condition_in_words(),
             "sampling": ", ".join(f"{k} {v}" for k, v in vars(model.defaults).items() if v is not None),
             "steps": model.header.get("steps", "unknown"),
             "sha256": metrics["model_sha256"][:16],

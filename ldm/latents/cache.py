@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ldm.latents.space import LatentSpace
 
 CACHE_VERSION = 1
 DTYPES = {"float16": np.float16, "float32": np.float32}
+PLANES = ("labels", "images")
 
 
 class StaleCacheError(LdmError):
@@ -40,7 +41,7 @@ class CacheItem:
         covariates: ``(K,)`` encoded covariates, corrected for the augmentation of this variant.
         row: position of the record in the cohort.
         variant: 0 is the image as it is, higher numbers are augmented.
-        condition: ``(L, *S)`` condition image or one-hot mask on the latent grid, or None.
+        planes: ``(P, *S)`` each, conditions on the latent grid: ``labels``, shares of classes, and ``images``.
     """
 
     mean: Tensor
@@ -48,14 +49,14 @@ class CacheItem:
     covariates: np.ndarray
     row: int
     variant: int
-    condition: Tensor | None = None
+    planes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class PosteriorCache(Dataset):
     """Memory-mapped posteriors of one split.
 
-    ``cache[i]`` returns ``mean`` and ``std`` ``(C, *S)``, ``covariates`` ``(K,)``, ``row``, ``variant`` and,
-    when the cohort has them, ``condition`` ``(L, *S)``.
+    ``cache[i]`` returns ``mean`` and ``std`` ``(C, *S)``, ``covariates`` ``(K,)``, ``row``, ``variant`` and, when
+    they were cached, ``labels`` ``(L, *S)`` and ``images`` ``(C', *S)``.
 
     Args:
         folder: where the cache lies.
@@ -77,8 +78,10 @@ class PosteriorCache(Dataset):
         self.rows, self.variants = index["rows"], index["variants"]
         self._mean = np.load(self.folder / "mean.npy", mmap_mode="r", allow_pickle=False)
         self._std = np.load(self.folder / "std.npy", mmap_mode="r", allow_pickle=False)
-        condition = self.folder / "condition.npy"
-        self._condition = np.load(condition, mmap_mode="r", allow_pickle=False) if condition.is_file() else None
+        files = {name: self.folder / f"{name}.npy" for name in PLANES}
+        self._planes = {
+            name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in files.items() if file.is_file()
+        }
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,9 +99,7 @@ class PosteriorCache(Dataset):
             "row": self.rows[i],
             "variant": self.variants[i],
         }
-        if self._condition is not None:
-            item["condition"] = _tensor(self._condition[i])
-        return item
+        return item | {name: _tensor(array[i]) for name, array in self._planes.items()}
 
     def posteriors(self, batch_size: int = 64) -> Iterable[tuple[Tensor, Tensor]]:
         """All (mean, std) in batches of ``(B, C, *S)``, for the latent statistics."""
@@ -122,7 +123,7 @@ def write_cache(
     items: Callable[[int], Iterable[CacheItem]],
     count: int,
     latent_shape: tuple[int, ...],
-    condition_channels: int = 0,
+    plane_channels: Mapping[str, int] | None = None,
     dtype: str = "float16",
     every: int = 64,
 ) -> None:
@@ -134,7 +135,7 @@ def write_cache(
         items: function of the number of items already stored, giving the rest in order.
         count: number of items in all.
         latent_shape: ``(C, *S)``.
-        condition_channels: channels of the condition, 0 for none.
+        plane_channels: channels of each of the items' ``planes``.
         dtype: ``float16`` or ``float32``, of the arrays on disk.
         every: rows between two progress marks.
 
@@ -146,8 +147,7 @@ def write_cache(
     folder = Path(folder)
     work = folder.with_name(folder.name + ".building")
     shapes = {"mean": latent_shape, "std": latent_shape}
-    if condition_channels:
-        shapes["condition"] = (condition_channels, *latent_shape[1:])
+    shapes |= {name: (channels, *latent_shape[1:]) for name, channels in (plane_channels or {}).items()}
     progress = _resume(work, key)
     work.mkdir(parents=True, exist_ok=True)
     mode = "r+" if progress["covariates"] else "w+"
@@ -157,8 +157,9 @@ def write_cache(
     }
     for item in items(len(progress["rows"])):
         i = len(progress["rows"])
+        tensors = {"mean": item.mean, "std": item.std, **item.planes}
         for name in arrays:
-            arrays[name][i] = _finite(getattr(item, name), DTYPES[dtype], name, item.row)
+            arrays[name][i] = _finite(tensors[name], DTYPES[dtype], name, item.row)
         progress["rows"].append(int(item.row))
         progress["variants"].append(int(item.variant))
         progress["covariates"].append([float(value) for value in item.covariates])

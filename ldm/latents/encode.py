@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ldm.conditioning.planes import label_fractions, space_to_depth
 from ldm.data.augmentation import Augmentation
 from ldm.data.labels import LabelClasses
 from ldm.data.schema import CovariateSchema
@@ -32,7 +32,9 @@ class CohortEncoder:
         schema: corrects the covariates of scaled anatomy.
         augmentation: of the variants after the first.
         variants: encoded versions of each image.
-        label_classes: the classes of label maps that travel along as condition, or None.
+        label_classes: the classes of label maps that travel along as planes, or None.
+        diffused: channels of the image that are encoded; None for all.
+        conditions: channels of the image that travel along as planes instead.
         spacing: voxel size in mm, for rotations.
         value_range: intensity range of the images.
     """
@@ -43,6 +45,8 @@ class CohortEncoder:
     augmentation: Augmentation
     variants: int = 1
     label_classes: LabelClasses | None = None
+    diffused: tuple[int, ...] | None = None
+    conditions: tuple[int, ...] = ()
     spacing: tuple[float, ...] | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
     seed: int = 0
@@ -78,27 +82,27 @@ class CohortEncoder:
     @torch.no_grad()
     def _encode(self, items: list[Mapping[str, Any]]) -> Iterator[CacheItem]:
         images = torch.stack([item["image"] for item in items]).to(self.device)  # (B, C, *S)
+        encoded = images if self.diffused is None else images[:, list(self.diffused)]
         with autocast(torch.device(self.device)):
-            means, stds = self.first_stage.encode(images)  # (B, c, *s) each
+            means, stds = self.first_stage.encode(encoded)  # (B, c, *s) each
         for item, mean, std in zip(items, means.float().cpu(), stds.float().cpu(), strict=True):
-            condition = None
-            if self.label_classes is not None:
-                classes = self.label_classes.classes(item["labels"])  # (*S)
-                condition = label_fractions(classes, len(self.label_classes), tuple(mean.shape[1:]))
-            yield CacheItem(mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], condition)
+            planes = self._planes(item, tuple(mean.shape[1:]))
+            yield CacheItem(mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], planes)
 
+    def _planes(self, item: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        planes = {}
+        if self.label_classes is not None:
+            classes = self.label_classes.classes(item["labels"])  # (*S)
+            planes["labels"] = label_fractions(classes, len(self.label_classes), size)
+        if self.conditions:
+            planes["images"] = space_to_depth(item["image"][list(self.conditions)], size)
+        return planes
 
-def label_fractions(classes: Tensor, num_classes: int, size: tuple[int, ...]) -> Tensor:
-    """Share of each class in every cell of the latent grid.
-
-    Args:
-        classes: ``(*S)`` class indices below ``num_classes``.
-        num_classes: L, background included.
-        size: latent grid.
-
-    Returns:
-        ``(L, *size)`` in [0, 1], summing to one over classes.
-    """
-    one_hot = torch.movedim(F.one_hot(classes.long(), num_classes), -1, 0).float()  # (L, *S)
-    pool = F.adaptive_avg_pool3d if classes.ndim == 3 else F.adaptive_avg_pool2d
-    return pool(one_hot, size)
+    @property
+    def plane_channels(self) -> dict[str, int]:
+        """Channels of every kind of planes that travel along."""
+        channels = {} if self.label_classes is None else {"labels": len(self.label_classes)}
+        if self.conditions:
+            cells = self.first_stage.downsampling_factor**self.first_stage.spatial_dims
+            channels["images"] = len(self.conditions) * cells
+        return channels

@@ -75,6 +75,11 @@ def import_model(
             f"ldm.condition.mode '{mode}' has weights of its own, which MONAI's networks lack; "
             f"legal: {', '.join(MODES)}."
         )
+    if header.get("conditioners"):
+        raise LdmError(
+            f"ldm.conditioners has {', '.join(header['conditioners'])}: weights are imported for covariates only. "
+            "Legal: {}."
+        )
     unready = [covariate.name for covariate in schema if not covariate.fitted]
     if unready:
         raise LdmError(f"data.covariates: give the range or the levels of {', '.join(unready)}; there is no cohort.")
@@ -85,8 +90,8 @@ def import_model(
         "autoencoder": _load(model.first_stage, autoencoder, "autoencoder"),
         "diffusion": _load(model.network.denoiser.unet, diffusion, "diffusion"),
     }
-    if model.network.conditioner is not None:
-        model.network.conditioner.null = nn.Parameter(torch.zeros(model.network.conditioner.plane_channels))
+    for conditioner in model.network.conditioners.values():
+        conditioner.null = nn.Parameter(torch.zeros(conditioner.plane_channels))
     model.header |= {"imported": sources, "first_stage_sha256": sources["autoencoder"]["tensors_sha256"]}
     return model.eval()
 

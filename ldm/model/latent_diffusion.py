@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.base import COVARIATES, Condition, stack
+from ldm.conditioning.build import SETTINGS
+from ldm.conditioning.planes import PlaneConditioner
 from ldm.data.distribution import CovariateDistribution
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
@@ -25,9 +28,11 @@ from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Step
 from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
+from ldm.model.editing import Editing
 from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
 from ldm.model.first_stage import freeze
-from ldm.model.network import ConditionalDenoiser
+from ldm.model.inputs import Inputs, as_lists, check_inputs, encode_condition, input_names
+from ldm.model.network import ConditionalDenoiser, with_new_names
 from ldm.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ class SamplingOptions:
         num_inference_steps: moves of the chain; a network call each, two with ``heun``, times the conditions evaluated.
         timestep_spacing: ``trailing``, ``leading`` or ``linspace``.
         guidance_scale: 1 is the conditional model itself; larger exaggerates the condition. A mapping such as
-            ``{"age": 2.0}`` gives covariates scales of their own, 1 where none is given:
+            ``{"age": 2.0, "mask": 1.5}`` gives covariates or conditioners scales of their own, 1 where none is given:
             ``eps = eps(c) + sum_k (s_k - 1) (eps(c) - eps(c without k))``.
         guidance_interval: ``(low, high)`` of sigma / alpha, where alone there is guidance; None for everywhere.
         guidance_rescale: 0 is off; towards 1 the guided prediction keeps the spread of the conditional one.
@@ -86,8 +91,8 @@ class Samples:
     indices: list[int]
 
 
-class LatentDiffusionModel(nn.Module):
-    """First stage, latent statistics, denoiser, conditioner and schedule, with the data's description.
+class LatentDiffusionModel(Editing, nn.Module):
+    """First stage, latent statistics, denoiser, conditioners and schedule, with the data's description.
 
     Use :meth:`load`; the constructor is for training. Images come from :meth:`sample`::
 
@@ -130,6 +135,13 @@ class LatentDiffusionModel(nn.Module):
         """Where the model computes."""
         return self.latent_space.mean.device
 
+    def condition_in_words(self) -> str:
+        """What the model is conditioned on, for logs and reports."""
+        parts = list(input_names(self.network.conditioners))
+        if COVARIATES in self.network.conditioners:
+            parts.insert(0, f"{self.header['condition']['mode']} on {', '.join(self.schema.names)}")
+        return "; ".join(parts) or "nothing"
+
     # --- one file -----------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
@@ -162,7 +174,7 @@ class LatentDiffusionModel(nn.Module):
             schema,
             None if distribution is None else CovariateDistribution.from_dict(distribution),
         )
-        load_strict(model, read_tensors(path), Path(path))
+        load_strict(model, with_new_names(read_tensors(path), "network."), Path(path))
         return model.to(device).eval()
 
     # --- sampling -----------------------------------------------------------------------------------
@@ -205,23 +217,68 @@ class LatentDiffusionModel(nn.Module):
         progress: Callable[[int], None] | None = None,
         **options: Any,
     ) -> Samples:
-        """Draw images.
+        """Draw images::
+
+            model.sample({"age": 70}, n=4, mask="sub-01_dseg.nii.gz")
+            model.sample(text="T1-weighted MRI of a 70-year-old woman")
 
         Args:
-            covariates: see :meth:`covariate_rows`.
-            n: number of samples.
+            covariates: see :meth:`covariate_rows`; with an input beside them, None asks for none.
+            n: number of samples; None is one a row, or one a value of the longest list of inputs.
             seed: with the sample's number it fixes the noise, whatever the batch size.
             batch_size: samples computed together.
             progress: called with the number of finished samples.
-            options: override the stored :class:`SamplingOptions`.
+            options: override the stored :class:`SamplingOptions`; and inputs by the name of their conditioner, one or a
+                list: a ``mask``, ``image`` or ``text`` (see :mod:`ldm.model.inputs`).
+
+        Raises:
+            LdmError: an unknown option, or an input that is not legal.
         """
-        rows = self.covariate_rows(covariates, n, seed)
+        options, inputs = self.options_and_inputs(options)
+        rows, inputs = self.requests(covariates, inputs, n, seed)
         images = []
-        for batch in self.sample_batches(rows, range(len(rows)), seed, batch_size, **options):
+        for batch in self.sample_batches(rows, range(len(rows)), seed, batch_size, inputs=inputs, **options):
             images.append(batch.images)
             if progress is not None:
                 progress(len(batch.images))
         return Samples(np.concatenate(images), rows, list(range(len(rows))))
+
+    def requests(
+        self,
+        covariates: CovariateRow | Sequence[CovariateRow] | None,
+        inputs: Mapping[str, Any],
+        n: int | None,
+        seed: int = 0,
+    ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+        """Rows and inputs, one a sample.
+
+        Covariates that are not given beside an input are not drawn from the training distribution, as they could
+        contradict it: they fall to their nulls.
+
+        Raises:
+            LdmError: see :meth:`covariate_rows`; an input that the model does not know.
+        """
+        check_inputs(self.network.conditioners, inputs)
+        if inputs and covariates is None:
+            covariates = {}
+        lists = as_lists(inputs)
+        if n is None:
+            several = [] if covariates is None or isinstance(covariates, Mapping) else [len(covariates)]
+            n = max([len(values) for values in lists.values()] + several, default=None)
+        rows = self.covariate_rows(covariates, n, seed)
+        return rows, {name: [values[i % len(values)] for i in range(len(rows))] for name, values in lists.items()}
+
+    def options_and_inputs(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keyword arguments apart: sampling options, and inputs by the name of their conditioner.
+
+        Raises:
+            LdmError: an input that the model does not know.
+        """
+        names = input_names(self.network.conditioners)
+        options = {name: value for name, value in given.items() if name not in names}
+        inputs = {name: value for name, value in given.items() if name in names and value is not None}
+        check_inputs(self.network.conditioners, {name: None for name in options if name in SETTINGS})
+        return options, inputs
 
     def sample_batches(
         self,
@@ -230,6 +287,7 @@ class LatentDiffusionModel(nn.Module):
         seed: int = 0,
         batch_size: int = 4,
         precision: str = "auto",
+        inputs: Inputs | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
         """Draw samples ``indices`` batch by batch, so that any number fits in memory.
@@ -239,55 +297,89 @@ class LatentDiffusionModel(nn.Module):
             indices: number of each sample in its run.
             seed, batch_size: see :meth:`sample`.
             precision: ``auto``, ``bf16`` or ``float32``.
+            inputs: one value a sample, by the name of its conditioner.
             options: override the stored :class:`SamplingOptions`.
         """
-        settings = construct(SamplingOptions, {**vars(self.defaults), **options}, "sample")
+        settings = self.settings(options)
         for start in range(0, len(rows), batch_size):
-            part, numbers = list(rows[start : start + batch_size]), list(indices[start : start + batch_size])
+            batch = slice(start, start + batch_size)
+            part, numbers = list(rows[batch]), list(indices[batch])
+            condition = self.encode_condition(part, {name: values[batch] for name, values in (inputs or {}).items()})
             with torch.no_grad(), autocast(self.device, precision):
-                images = self.decode(self.sample_latents(self.encode_covariates(part), seed, numbers, settings))
+                images = self.decode(self.sample_latents(condition, seed, numbers, settings))
             yield Samples(images.float().cpu().numpy(), [dict(row) for row in part], numbers)
 
-    def encode_covariates(self, rows: Sequence[CovariateRow]) -> Tensor:
-        """``(B, K)`` codes of covariate rows, NaN where a name is not given."""
-        return torch.from_numpy(self.schema.encode_table(rows)).to(self.device)
+    def settings(self, options: Mapping[str, Any]) -> SamplingOptions:
+        """The stored options with ``options`` in their place.
+
+        Raises:
+            LdmError: an unknown name, or an illegal value.
+        """
+        return construct(SamplingOptions, {**vars(self.defaults), **options}, "sample")
+
+    def encode_condition(self, rows: Sequence[CovariateRow], inputs: Inputs | None = None) -> Condition:
+        """The condition of rows and inputs, one each a sample; see :func:`ldm.model.inputs.encode_condition`."""
+        size = self.latent_shape[1:]
+        condition = encode_condition(self.network.conditioners, self.preprocessing, self.schema, size, rows, inputs)
+        return {name: value.to(self.device) for name, value in condition.items()}
+
+    def batch_condition(self, batch: Mapping[str, Any]) -> Condition:
+        """The condition of cached latents: their codes and planes, and the captions of their covariates.
+
+        Args:
+            batch: ``covariates`` ``(B, K)``; ``labels`` and ``images`` ``(B, P, *S)`` where the network wants them.
+        """
+        codes, condition = batch["covariates"], {COVARIATES: batch["covariates"]}
+        for name in input_names(self.network.conditioners):
+            one = self.network.conditioners[name]
+            if isinstance(one, PlaneConditioner):
+                condition[name] = batch[one.cached_as]
+            else:
+                rows = [self.schema.decode(vector) for vector in codes.cpu().numpy()]
+                condition[name] = torch.stack([one.encode(None, row, ()) for row in rows]).to(codes.device)
+        return condition
 
     @torch.no_grad()
     def sample_latents(
-        self, values: Tensor, seed: int, indices: Sequence[int], settings: SamplingOptions | None = None
+        self, condition: Condition, seed: int, indices: Sequence[int], settings: SamplingOptions | None = None
     ) -> Tensor:
-        """Scaled latents ``(B, C, *S)`` for encoded covariates ``(B, K)``."""
+        """Scaled latents ``(B, C, *S)`` for the condition of B samples."""
         settings = self.defaults if settings is None else settings
         grid = self.schedule.grid(settings.num_inference_steps, settings.timestep_spacing)
         streams = noise.generators(seed, indices)
         x = grid.start_std * noise.draw(streams, self.latent_shape).to(self.device)  # (B, C, *S)
-        denoise = self.guided_denoise(values, settings)
+        denoise = self.guided_denoise(condition, settings)
         return find_sampler(settings.sampler, **dict(settings.options or {}))(denoise, x, grid, streams)
 
-    def guided_denoise(self, values: Tensor, settings: SamplingOptions) -> Denoise:
-        """The ``denoise`` of a sampler, guided as the settings say, for encoded covariates ``(B, K)``.
+    def guided_denoise(self, condition: Condition, settings: SamplingOptions) -> Denoise:
+        """The ``denoise`` of a sampler, guided as the settings say, for the condition of B samples.
 
         Raises:
-            LdmError: a guidance scale for a covariate that the model does not have, or for a model without nulls.
+            LdmError: a guidance scale for what the model is not conditioned on, or for a model without nulls.
         """
-        self._require_learned_nulls(values, settings)
+        self._require_learned_nulls(condition[COVARIATES], settings)
         scale, rescale = settings.guidance_scale, settings.guidance_rescale
         if isinstance(scale, Mapping):
-            nulls = [self._without(values, name) for name in scale]
-            denoise = guidance.part_by_part(self.denoise_many, values, nulls, list(scale.values()), rescale)
+            nulls = [self._without(condition, name) for name in scale]
+            denoise = guidance.part_by_part(self.denoise_many, condition, nulls, list(scale.values()), rescale)
         else:
-            null = torch.full_like(values, torch.nan)
-            denoise = guidance.classifier_free(self.denoise_many, values, null, scale, rescale)
+            null = self.network.conditioners.null(condition)
+            denoise = guidance.classifier_free(self.denoise_many, condition, null, scale, rescale)
         if settings.guidance_interval is None:
             return denoise
-        plain = guidance.guided(self.denoise_many, (values,), (1.0,))
+        plain = guidance.guided(self.denoise_many, (condition,), (1.0,))
         return guidance.within(settings.guidance_interval, denoise, plain)
 
-    def _without(self, values: Tensor, name: str) -> Tensor:
-        check_choice("guidance_scale: covariate", name, self.schema.names)
-        hidden = values.clone()
-        hidden[:, list(self.schema.names).index(name)] = torch.nan
-        return hidden
+    def _without(self, condition: Condition, name: str) -> Condition:
+        """``condition`` without one covariate, or without all that one conditioner says."""
+        conditioners = self.network.conditioners
+        covariates = self.schema.names if COVARIATES in conditioners else ()
+        check_choice("guidance_scale: covariate or conditioner", name, [*covariates, *conditioners])
+        if name in conditioners:
+            return conditioners.without(condition, name)
+        hidden = condition[COVARIATES].clone()  # (B, K)
+        hidden[:, covariates.index(name)] = torch.nan
+        return {**condition, COVARIATES: hidden}
 
     def _require_learned_nulls(self, values: Tensor, settings: SamplingOptions) -> None:
         """Refuse what needs a null of a model that was imported without one (``learned_null`` in the header)."""
@@ -303,29 +395,28 @@ class LatentDiffusionModel(nn.Module):
                 "guidance compares with. Legal: 1."
             )
 
-    def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Tensor]) -> list[Prediction]:
+    def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:
         """Predictions for the same ``x`` under several conditions, in one network call."""
         count = len(conditions)
-        values = torch.cat(list(conditions))  # (count * B, K)
         many = x.repeat(count, *(1,) * (x.ndim - 1))  # (count * B, C, *S)
         t = torch.full((len(many),), step.t, device=x.device)
-        output = self.evaluate(self.network, many, t, values)  # (count * B, C or 2 C, *S)
+        output = self.evaluate(self.network, many, t, stack(conditions))  # (count * B, C or 2 C, *S)
         return [self.read_output(part, x, step.alpha, step.sigma) for part in output.chunk(count)]
 
-    def evaluate(self, network: nn.Module, x_t: Tensor, t: Tensor, values: Tensor) -> Tensor:
+    def evaluate(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """What a network of this model says of ``x_t``, in training as in sampling: scaled input, its own time.
 
         Args:
             network: the model's, or the one that is being trained.
             x_t: (B, C, *S).
             t: (B,) times of the schedule.
-            values: (B, K).
+            condition: of the B samples.
 
         Returns:
             (B, C, *S) float32; with a learned variance (B, 2 C, *S).
         """
         scale = self.schedule.input_scale(t).view(-1, *[1] * (x_t.ndim - 1))  # (B, 1, ..., 1)
-        return network(scale * x_t, self.schedule.network_time(t), values).float()
+        return network(scale * x_t, self.schedule.network_time(t), condition).float()
 
     def read_output(self, output: Tensor, x_t: Tensor, alpha: Any, sigma: Any) -> Prediction:
         """A network output as a prediction; the second half of one with a learned variance is in [-1, 1].

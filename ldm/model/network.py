@@ -1,4 +1,4 @@
-"""Denoiser and conditioner as one network, which is what is trained, averaged and sampled from."""
+"""Denoiser and conditioners as one network, which is what is trained, averaged and sampled from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.conditioning.covariates import Conditioning, build_conditioner
+from ldm.conditioning.base import Condition
+from ldm.conditioning.build import build_conditioners
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.build import construct
 from ldm.networks.denoiser import Denoiser
 
+#: Where the only conditioner was, in files that were written before there could be several.
+OLD_PREFIX, PREFIX = "conditioner.", "conditioners.covariates."
+
 
 class ConditionalDenoiser(nn.Module):
-    """A denoiser that takes encoded covariates.
+    """A denoiser that takes a condition.
 
     Args:
         header: model description with ``denoiser`` (arguments of the U-Net), ``condition``, ``latent_shape`` and, where
-            the network also learns a variance and has twice the output channels, ``learned_variance``.
+            there are any, ``conditioners``; ``learned_variance`` where the network has twice the output channels.
         schema: covariates to condition on.
 
     Raises:
@@ -30,18 +34,19 @@ class ConditionalDenoiser(nn.Module):
         super().__init__()
         network, condition = dict(header["denoiser"]), header["condition"]
         latent_channels, *size = header["latent_shape"]
-        levels = [len(covariate.levels or ()) for covariate in schema]
-        self.conditioner = build_conditioner(levels, condition, 4 * network["channels"][0])
-        mode = None if self.conditioner is None else self.conditioner.mode
+        self.conditioners = build_conditioners(
+            schema, condition, header.get("conditioners", {}), len(size), 4 * network["channels"][0]
+        )
         settings = {
             **network,
             "spatial_dims": len(size),
             "latent_channels": latent_channels,
             "out_channels": latent_channels * (2 if header.get("learned_variance") else 1),
-            "plane_channels": 0 if self.conditioner is None else self.conditioner.plane_channels,
-            "context_dim": None if self.conditioner is None else self.conditioner.context_dim(condition["dim"]),
-            "embedding": mode == "adaptive_norm",
-            "adaptive_norm": mode == "adaptive_norm",
+            "plane_channels": self.conditioners.plane_channels,
+            "context_dim": self.conditioners.context_dim,
+            "context_padding": self.conditioners.has_padding,
+            "embedding": self.conditioners.has_embedding,
+            "adaptive_norm": self.conditioners.has_embedding,
         }
         self.denoiser = construct(Denoiser, settings, "ldm.network")
         factor = self.denoiser.downsampling_factor
@@ -52,7 +57,22 @@ class ConditionalDenoiser(nn.Module):
                 f"data.shape that is a multiple of {factor} times the first stage's factor."
             )
 
-    def forward(self, x: Tensor, t: Tensor, values: Tensor) -> Tensor:
-        """Network output ``(B, C, *S)`` for noisy latents ``(B, C, *S)``, times ``(B,)`` and codes ``(B, K)``."""
-        condition = Conditioning() if self.conditioner is None else self.conditioner(values)
-        return self.denoiser(x, t, **condition.as_kwargs())
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Network output ``(B, C, *S)`` for noisy latents ``(B, C, *S)``, times ``(B,)`` and a condition.
+
+        Raises:
+            LdmError: a part of the condition is missing, or has a wrong shape.
+        """
+        return self.denoiser(x, t, **self.conditioners(condition).as_kwargs())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        renamed = with_new_names(state_dict, prefix)
+        state_dict.clear()
+        state_dict.update(renamed)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def with_new_names(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of this network, under ``prefix``, with the conditioner of older files where it is today."""
+    old = prefix + OLD_PREFIX
+    return {f"{prefix}{PREFIX}{n.removeprefix(old)}" if n.startswith(old) else n: v for n, v in tensors.items()}

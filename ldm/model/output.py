@@ -17,6 +17,7 @@ import numpy as np
 from ldm.data import images
 from ldm.errors import LdmError
 from ldm.model.file import package_versions
+from ldm.model.inputs import Inputs
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def write_samples(
     precision: str = "auto",
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    inputs: Inputs | None = None,
 ) -> list[Path]:
     """Draw one sample a row and write it; existing files of the same request are kept.
 
@@ -51,6 +53,7 @@ def write_samples(
         provenance: what the samples depend on; a folder with another provenance is refused.
         options: sampling options that differ from the model's defaults.
         progress: called with the number of finished samples.
+        inputs: label maps, images and texts, one a sample.
 
     Returns:
         Path of the first channel of every sample.
@@ -61,7 +64,9 @@ def write_samples(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = [sample_name(index) for index in range(len(rows))]
-    record = json.loads(json.dumps({**provenance, "seed": seed, "rows": [dict(row) for row in rows]}, sort_keys=True))
+    inputs = dict(inputs or {})
+    asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
+    record = json.loads(json.dumps({**provenance, **asked}, sort_keys=True))
     _expect_same_request(out, record)
     _write_text(out / PROVENANCE, json.dumps({**record, WRITTEN: _written()}, indent=1))
     paths = [image_paths(model, out, name) for name in names]
@@ -69,14 +74,20 @@ def write_samples(
     if progress is not None and len(todo) < len(rows):
         progress(len(rows) - len(todo))
     batches = model.sample_batches(
-        [rows[index] for index in todo], todo, seed, batch_size, precision, **dict(options or {})
+        [rows[index] for index in todo],
+        todo,
+        seed,
+        batch_size,
+        precision,
+        {name: [values[index] for index in todo] for name, values in inputs.items()},
+        **dict(options or {}),
     )
     for batch in batches:
         for image, index in zip(batch.images, batch.indices, strict=True):
             write_image(model, image, paths[index])
         if progress is not None:
             progress(len(batch.images))
-    write_table(model, out, names, rows)
+    write_table(model, out, names, rows, inputs)
     return [path[0] for path in paths]
 
 
@@ -101,10 +112,15 @@ def write_image(model: LatentDiffusionModel, image: np.ndarray, paths: Sequence[
 
 
 def write_table(
-    model: LatentDiffusionModel, out: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    model: LatentDiffusionModel,
+    out: Path,
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    inputs: Inputs | None = None,
 ) -> None:
     """Write ``participants.tsv`` (what was asked; n/a where nothing was) and ``participants.json`` (units)."""
-    columns = list(model.schema.names)
+    rows = [{**row, **{name: values[i] for name, values in (inputs or {}).items()}} for i, row in enumerate(rows)]
+    columns = [*model.schema.names, *(inputs or {})]
     text = io.StringIO()
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(["participant_id", *columns])
@@ -112,6 +128,7 @@ def write_table(
         table.writerow([name, *(_cell(row.get(column)) for column in columns)])
     _write_text(out / TABLE, text.getvalue())
     about = {covariate.name: _about(covariate) for covariate in model.schema}
+    about |= {name: {"Description": f"{name} that the sample was given"} for name in inputs or {}}
     _write_text(out / "participants.json", json.dumps(about, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""Start a diffusion model from another one, mapping the covariates by name."""
+"""Start a diffusion model from another one, mapping covariates, planes and words by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.conditioning.base import COVARIATES, Conditioners
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.file import load_matching
@@ -17,13 +18,16 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 logger = logging.getLogger(__name__)
 
 CONV_IN = "denoiser.unet.conv_in.conv.weight"
+TOKENS, MERGE = "conditioners.covariates.tokens.", "conditioners.covariates.merge.0.weight"
+WORDS = "conditioners.text.embed.weight"
 
 
 def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
     """Copy the network of the model at ``path`` into ``model``, covariate by covariate.
 
     Covariates that both know keep what was learned for them, at their new position; a new covariate starts
-    without influence. Everything else is copied where names and shapes agree.
+    without influence. So do planes of labels and images, and words of the vocabulary keep their embedding. Everything
+    else is copied where names and shapes agree.
 
     Raises:
         LdmError: the other model conditions in another way, or diffuses another number of channels.
@@ -45,6 +49,8 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
         )
     positions = shared_positions(model.schema, other.schema)
     tensors = map_covariates(model, other, positions)
+    map_planes(tensors, model, other, positions)
+    map_words(tensors, model, other)
     load_matching(model.network, tensors, path)
     logger.info(
         "Starting from %s; covariates in common: %s.",
@@ -70,36 +76,79 @@ def map_covariates(
 ) -> dict[str, Tensor]:
     """State dict of ``other``'s network with every covariate at its position in ``model``."""
     own, tensors = model.network.state_dict(), dict(other.network.state_dict())
-    mapped = {name: value for name, value in tensors.items() if not name.startswith("conditioner.tokens.")}
+    mapped = {name: value for name, value in tensors.items() if not name.startswith(TOKENS)}
     for here, there in positions:
-        prefix = f"conditioner.tokens.{there}."
+        prefix = f"{TOKENS}{there}."
         for name, value in tensors.items():
             if name.startswith(prefix):
-                mapped[f"conditioner.tokens.{here}.{name.removeprefix(prefix)}"] = value
+                mapped[f"{TOKENS}{here}.{name.removeprefix(prefix)}"] = value
         _keep_physical_scale(
             mapped, model.schema[model.schema.names[here]], other.schema[other.schema.names[there]], here
         )
-    mode = model.header["condition"]["mode"]
-    if mode == "adaptive_norm":
-        width = own["conditioner.merge.0.weight"].shape[0]
+    if MERGE in own and MERGE in tensors:
+        width = own[MERGE].shape[0]
         blocks = [(slice(h * width, (h + 1) * width), slice(t * width, (t + 1) * width)) for h, t in positions]
-        _columns(mapped, own, "conditioner.merge.0.weight", blocks)
-    if mode in ("concat", "hybrid"):
-        planes = _plane_blocks(model.schema, other.schema, positions)
-        before = own[CONV_IN].shape[1] - len(own["conditioner.null"])  # latent and position channels stand first
-        _columns(mapped, own, "conditioner.null", planes, axis=0)
-        shifted = [(_shift(h, before), _shift(t, before)) for h, t in planes]
-        _columns(mapped, own, CONV_IN, [(slice(0, before), slice(0, before)), *shifted])
-        if mode == "hybrid":
-            for name in own:
-                if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-                    _columns(mapped, own, name, planes)
+        _columns(mapped, own, MERGE, blocks)
     return mapped
+
+
+def map_planes(
+    mapped: dict[str, Tensor],
+    model: LatentDiffusionModel,
+    other: LatentDiffusionModel,
+    positions: Sequence[tuple[int, int]],
+) -> None:
+    """Put the columns of every plane, and its null, at the place that it has in ``model``; new planes have zeros."""
+    own, ours, theirs = model.network.state_dict(), model.network.conditioners, other.network.conditioners
+    before, their_before = (
+        one.network.state_dict()[CONV_IN].shape[1] - one.network.conditioners.plane_channels for one in (model, other)
+    )  # latent and position channels stand first
+    shared = min(before, their_before)
+    columns = [(slice(0, shared), slice(0, shared))]
+    starts, their_starts = _plane_starts(ours, before), _plane_starts(theirs, their_before)
+    for name in ours:
+        if name not in theirs or not ours[name].plane_channels or not theirs[name].plane_channels:
+            continue
+        if name == COVARIATES:
+            blocks = _plane_blocks(model.schema, other.schema, positions)
+        else:
+            found = {channel: index for index, channel in enumerate(theirs[name].channels)}
+            pairs = [(h, found[channel]) for h, channel in enumerate(ours[name].channels) if channel in found]
+            blocks = [(slice(h, h + 1), slice(t, t + 1)) for h, t in pairs]
+        _columns(mapped, own, f"conditioners.{name}.null", blocks, axis=0)
+        columns += [(_shift(h, starts[name]), _shift(t, their_starts[name])) for h, t in blocks]
+        if name == COVARIATES and model.header["condition"]["mode"] == "hybrid":
+            for key in own:
+                if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+                    _columns(mapped, own, key, blocks)
+    _columns(mapped, own, CONV_IN, columns)
+
+
+def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: LatentDiffusionModel) -> None:
+    """Put the embedding of every word that both vocabularies have at its number in ``model``; others start anew."""
+    if "text" not in model.network.conditioners or "text" not in other.network.conditioners:
+        return
+    numbers = {word: number for number, word in enumerate(other.header["conditioners"]["text"]["vocabulary"])}
+    table, theirs = model.network.state_dict()[WORDS].clone(), mapped[WORDS]
+    if table.shape[1] == theirs.shape[1]:
+        for number, word in enumerate(model.header["conditioners"]["text"]["vocabulary"]):
+            if word in numbers:
+                table[number] = theirs[numbers[word]]
+    mapped[WORDS] = table
+
+
+def _plane_starts(conditioners: Conditioners, start: int) -> dict[str, int]:
+    """First input channel of every conditioner's planes."""
+    starts = {}
+    for name, one in conditioners.items():
+        starts[name] = start
+        start += one.plane_channels
+    return starts
 
 
 def _keep_physical_scale(mapped: dict[str, Tensor], ours: Covariate, theirs: Covariate, here: int) -> None:
     """Codes are relative to the range; where the ranges differ, the same value in its unit keeps its z-score."""
-    name = f"conditioner.tokens.{here}."
+    name = f"{TOKENS}{here}."
     if f"{name}centre" not in mapped:
         return
     (low, high), (their_low, their_high) = ours.range, theirs.range

@@ -6,9 +6,10 @@ Conditions reach it in three ways, freely combined: ``planes`` are concatenated 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from monai.networks.blocks.crossattention import CrossAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ class Denoiser(nn.Module):
         latent_channels: channels of the noisy latent, and of the output.
         plane_channels: channels of the conditions that are concatenated to the input.
         context_dim: width of a context token; None builds self-attention instead of cross-attention.
+        context_padding: whether a token of the context that is NaN is left out of the attention.
         embedding: whether a condition embedding of width ``4 * channels[0]`` is added to the time embedding.
         adaptive_norm: let the (time + condition) embedding scale and shift the second normalisation of every
             residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it.
@@ -42,6 +44,7 @@ class Denoiser(nn.Module):
         latent_channels: int,
         plane_channels: int = 0,
         context_dim: int | None = None,
+        context_padding: bool = False,
         embedding: bool = False,
         adaptive_norm: bool = False,
         position_frequencies: int = 0,
@@ -84,7 +87,9 @@ class Denoiser(nn.Module):
         if embedding:  # MONAI adds class_embedding(class_labels) to the time embedding; ours comes ready-made
             unet.class_embedding = nn.Identity()
         if adaptive_norm:
-            _use_adaptive_norm(unet)
+            _replace(unet, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
+        if context_padding:
+            _replace(unet, CrossAttentionBlock, PaddedAttention)
         if spatial_dims == 3:
             unet.to(memory_format=torch.channels_last_3d)
         self.unet = unet
@@ -105,7 +110,7 @@ class Denoiser(nn.Module):
             x: ``(B, C, D, H, W)`` noisy scaled latent.
             t: ``(B,)`` timesteps.
             planes: ``(B, P)`` values, each spread over the whole latent, or ``(B, P, D, H, W)``.
-            context: ``(B, tokens, context_dim)``.
+            context: ``(B, tokens, context_dim)``; with ``context_padding`` tokens of NaN are no tokens.
             embedding: ``(B, 4 * channels[0])``.
 
         Returns:
@@ -165,12 +170,33 @@ class AdaptiveResnetBlock(nn.Module):
         return self.skip_connection(x) + self.conv2(self.nonlinearity(h))
 
 
-def _use_adaptive_norm(module: nn.Module) -> None:
+class PaddedAttention(nn.Module):
+    """MONAI's cross-attention that leaves out tokens of NaN; every sample needs one that is none."""
+
+    def __init__(self, block: CrossAttentionBlock) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.out_proj = block.to_q, block.to_k, block.to_v, block.out_proj
+        self.num_heads, self.scale = block.num_heads, block.scale
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(B, N, C)`` and a context ``(B, tokens, context_dim)`` -> ``(B, N, C)``."""
+        context = x if context is None else context
+        present = ~context.isnan().any(-1)  # (B, tokens)
+        context = torch.where(present[..., None], context, 0)
+        q, k, v = (
+            layer(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N or tokens, C / heads)
+            for layer, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, present[:, None, None], scale=self.scale)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
+
+
+def _replace(module: nn.Module, old: type[nn.Module], new: Callable[[nn.Module], nn.Module]) -> None:
     for name, child in module.named_children():
-        if isinstance(child, DiffusionUNetResnetBlock):
-            setattr(module, name, AdaptiveResnetBlock(child))
+        if isinstance(child, old):
+            setattr(module, name, new(child))
         else:
-            _use_adaptive_norm(child)
+            _replace(child, old, new)
 
 
 def _tuple(value: int | Sequence[int]) -> int | tuple[int, ...]:

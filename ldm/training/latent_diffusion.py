@@ -24,7 +24,7 @@ NUM_BINS = 10
 
 
 class LatentDiffusion(StageModule):
-    """Trains the denoiser and the conditioner of a :class:`LatentDiffusionModel`.
+    """Trains the denoiser and the conditioners of a :class:`LatentDiffusionModel`.
 
     The model's own network is the first exponential moving average, so what is validated, sampled and saved is
     always the average and no weights are ever swapped. First stage and statistics are kept out of the module
@@ -75,7 +75,7 @@ class LatentDiffusion(StageModule):
             raise LdmError("ldm.learned_variance needs ldm.loss.vlb_weight > 0 (the paper's is 0.001).")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over denoiser and conditioner."""
+        """AdamW over denoiser and conditioners."""
         return self.adamw(self.network.parameters())
 
     def on_fit_start(self) -> None:
@@ -108,22 +108,22 @@ class LatentDiffusion(StageModule):
 
         Args:
             network: the trained one, or an average.
-            batch: ``mean``, ``std`` ``(B, C, *S)`` and ``covariates`` ``(B, K)``.
-            draws: ``posterior`` and ``eps`` ``(B, C, *S)``, ``t`` ``(B,)``, ``hide`` ``(B, K + 1)`` or None.
+            batch: ``mean``, ``std`` ``(B, C, *S)``, and what the condition is made of.
+            draws: ``posterior`` and ``eps`` ``(B, C, *S)``, ``t`` ``(B,)``, ``hide`` ``(B, num_uniforms)`` or None.
 
         Returns:
             Weighted and unweighted loss, ``(B,)`` each.
         """
         model, t = self.model, draws["t"]
-        values = batch["covariates"]
-        if draws["hide"] is not None and network.conditioner is not None:
-            values = network.conditioner.drop(values, draws["hide"])
+        condition = model.batch_condition(batch)
+        if draws["hide"] is not None:
+            condition = model.network.conditioners.drop(condition, draws["hide"])
         with torch.autocast(t.device.type, enabled=False):  # the process itself is float32 or better
             x0 = model.latent_space.draw(batch["mean"].float(), batch["std"].float(), draws["posterior"])
             x_t = model.schedule.add_noise(x0, draws["eps"], t)  # (B, C, *S)
             alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)  # (B,) each
             wanted = target(model.prediction_type, x0, draws["eps"], alpha, sigma)
-        output = model.evaluate(network, x_t, t, values)  # (B, C or 2 C, *S)
+        output = model.evaluate(network, x_t, t, condition)  # (B, C or 2 C, *S)
         plain = (output[:, : x0.shape[1]] - wanted).square().flatten(1).mean(1)  # (B,)
         weight = loss_weight(
             self.loss["weighting"], model.prediction_type, model.schedule.log_snr(t), self.loss["gamma"]
@@ -136,12 +136,13 @@ class LatentDiffusion(StageModule):
 
     def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All random numbers of a batch, one named stream a sample."""
-        shape, (size, count) = batch["mean"].shape[1:], batch["covariates"].shape
+        size, *shape = batch["mean"].shape
+        count = self.model.network.conditioners.num_uniforms
         generators = self.generators(size)
         uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # (B,)
         draws = {
             "t": self.model.schedule.time_at(uniforms),
-            "hide": torch.stack([torch.rand(count + 1, generator=g) for g in generators]),
+            "hide": torch.stack([torch.rand(count, generator=g) for g in generators]),
             "posterior": torch.stack([torch.randn(shape, generator=g) for g in generators]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in generators]),
         }

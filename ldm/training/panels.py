@@ -67,6 +67,7 @@ class SamplePanels(FigureCallback):
         rows: covariate rows of the fixed samples, from held-out subjects.
         steps: network calls a sample.
         measure: function of an image ``(C, *S)`` giving ``{covariate: value}``, or None.
+        inputs: label maps and images of the same subjects, where the model is conditioned on them.
     """
 
     def __init__(
@@ -75,16 +76,18 @@ class SamplePanels(FigureCallback):
         rows: Sequence[Mapping[str, Any]],
         steps: int,
         measure: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+        inputs: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         super().__init__(folder)
         self.rows, self.steps, self.measure = list(rows), steps, measure
+        self.inputs = dict(inputs or {})
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Sample, draw, measure."""
         if not trainer.is_global_zero or not self.rows:
             return
         model = module.model.eval()
-        samples = model.sample(self.rows, seed=0, num_inference_steps=self.steps)
+        samples = model.sample(self.rows, seed=0, num_inference_steps=self.steps, **self.inputs)
         path = figures.mosaic(
             samples.images,
             self.folder / f"samples_{module.step:07d}.png",
@@ -92,13 +95,17 @@ class SamplePanels(FigureCallback):
             model.preprocessing.value_range,
         )
         self.publish(trainer, "ldm/samples", path, module.step)
-        metrics = conditioning_test(model, len(self.rows), self.steps, self.measure)
+        metrics = conditioning_test(model, len(self.rows), self.steps, self.measure, self.inputs)
         module.record({f"ldm/val/{name}": value for name, value in metrics.items()})
         self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss"))
 
 
 def conditioning_test(
-    model: Any, n: int, steps: int, measure: Callable[[np.ndarray], Mapping[str, float]] | None = None
+    model: Any,
+    n: int,
+    steps: int,
+    measure: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+    inputs: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, float]:
     """Vary one covariate at a time with the noise fixed; see :class:`SamplePanels`.
 
@@ -106,7 +113,7 @@ def conditioning_test(
         model: a :class:`ldm.model.latent_diffusion.LatentDiffusionModel`.
         n: noise seeds.
         steps: network calls a sample.
-        measure: see :class:`SamplePanels`.
+        measure, inputs: see :class:`SamplePanels`.
     """
     results: dict[str, float] = {}
     for covariate in model.schema:
@@ -116,7 +123,8 @@ def conditioning_test(
         else:
             ends = (covariate.levels[0], covariate.levels[-1])
         first, last = (
-            model.sample({covariate.name: end}, n=n, seed=0, num_inference_steps=steps).images for end in ends
+            model.sample({covariate.name: end}, n=n, seed=0, num_inference_steps=steps, **(inputs or {})).images
+            for end in ends
         )
         change = float(np.sqrt(np.mean((last - first) ** 2)))
         between = float(np.sqrt(np.mean((first - np.roll(first, 1, axis=0)) ** 2)))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.commands.sample import DEFAULT_COUNT, _count, asked_rows, run, sampling_options
+from ldm.commands.sample import DEFAULT_COUNT, _count, asked_inputs, asked_rows, asked_table, run, sampling_options
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.latent_diffusion import SamplingOptions
@@ -24,14 +24,14 @@ def table(tmp_path, *lines):
 
 def test_a_table_gives_a_row_a_sample_and_names_not_given_stay_away(tmp_path):
     path = table(tmp_path, "participant_id\tage\tsite", "a\t70\tX", "b\tn/a\tY")
-    assert asked_rows(path, MODEL) == [{"age": "70"}, {}]
+    assert asked_rows(path, asked_table(path), MODEL, {}) == [{"age": "70"}, {}]
 
 
 @pytest.mark.parametrize("column", ["sexx", "Sex"])
 def test_a_misspelt_column_is_an_error(tmp_path, column):
     path = table(tmp_path, f"participant_id\tage\t{column}", "a\t70\tF")
     with pytest.raises(LdmError, match=f"column '{column}' is no covariate of the model. Did you mean 'sex'"):
-        asked_rows(path, MODEL)
+        asked_rows(path, asked_table(path), MODEL, {})
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,20 @@ def test_a_misspelt_column_is_an_error(tmp_path, column):
 )
 def test_how_many_samples(covariates, n, expected):
     assert _count(OmegaConf.create({"covariates": covariates, "n": n})) == expected
+    assert _count(OmegaConf.create({"covariates": covariates, "n": n, "text": ["one", "two"]})) == n
+
+
+def test_a_template_takes_a_file_for_each_row_of_the_table(tmp_path):
+    asked = asked_table(table(tmp_path, "participant_id\tage", "a\t70", "b\tn/a"))
+    config = OmegaConf.create({"mask": "{participant_id}_dseg.nii.gz", "image": {"T2": "{participant_id}_T2.nii.gz"}})
+    assert asked_inputs(config, asked) == {
+        "mask": ["a_dseg.nii.gz", "b_dseg.nii.gz"],
+        "image": [{"T2": "a_T2.nii.gz"}, {"T2": "b_T2.nii.gz"}],
+    }
+    with pytest.raises(LdmError, match="no column 'participant'. Did you mean 'participant_id'"):
+        asked_inputs(OmegaConf.create({"mask": "{participant}.nii.gz"}), asked)
+    with pytest.raises(LdmError, match="takes its columns from a table"):
+        asked_inputs(OmegaConf.create({"mask": "{participant_id}.nii.gz"}), None)
 
 
 def test_settings_become_the_models_options():

@@ -129,9 +129,8 @@ def test_variants_correct_covariates_and_carry_labels():
     for item in found:
         asked = float(schema.decode(item.covariates)["volume"])
         assert float(item.mean.sum()) == pytest.approx(asked, rel=0.03)  # the image follows
-        assert float(item.condition[1].sum()) == pytest.approx(
-            asked, rel=0.1
-        )  # and so do the labels, to the nearest voxel
+        # and so do the labels, to the nearest voxel
+        assert float(item.planes["labels"][1].sum()) == pytest.approx(asked, rel=0.1)
     assert len({round(float(item.covariates[0]), 4) for item in found}) == 8
     again = list(encoder.items(start=5))
     torch.testing.assert_close(again[0].mean, found[5].mean)  # resumed: the same random numbers

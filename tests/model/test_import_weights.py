@@ -117,7 +117,7 @@ def test_an_imported_model_draws_what_monai_draws(ldm, files, tmp_path, names):
     latent, image = monai_sample(*monai_networks(), x, steps=5)
 
     settings = SamplingOptions(**{**vars(model.defaults), "num_inference_steps": 5})
-    ours = model.sample_latents(model.encode_covariates([ASKED]), 3, [0], settings)
+    ours = model.sample_latents(model.encode_condition([ASKED]), 3, [0], settings)
     torch.testing.assert_close(ours, latent, rtol=1e-3, atol=1e-3 * float(latent.abs().max()))
     torch.testing.assert_close(model.first_stage.decode(latent).detach(), image, rtol=1e-4, atol=1e-4)
 

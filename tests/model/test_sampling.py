@@ -18,12 +18,12 @@ LEARNED = {"learned_variance": True}
 
 
 def record_calls(made):
-    """What the network is called with: (input, time, codes) of every call."""
+    """What the network is called with: (input, time, condition) of every call."""
     calls, network = [], made.network.forward
 
-    def forward(x, t, values):
-        calls.append((x, t, values))
-        return network(x, t, values)
+    def forward(x, t, condition):
+        calls.append((x, t, condition))
+        return network(x, t, condition)
 
     made.network.forward = forward
     return calls
@@ -33,7 +33,7 @@ def record_calls(made):
 def test_the_first_call_sees_unit_noise_at_the_top_of_the_scale(settings):
     made = model([AGE, SEX], "adaptive_norm", **settings)
     calls = record_calls(made)
-    made.sample_latents(made.encode_covariates([{}] * 64), 0, range(64), SamplingOptions(num_inference_steps=4))
+    made.sample_latents(made.encode_condition([{}] * 64), 0, range(64), SamplingOptions(num_inference_steps=4))
     x, t, _ = calls[0]
     assert x.std().item() == pytest.approx(1.0, abs=0.02)
     assert t.tolist() == pytest.approx([999.0 if not settings else 1000.0] * 64)
@@ -51,10 +51,10 @@ def test_the_shift_is_resolved_by_the_latents_size_and_kept_in_the_file(tmp_path
 
 def test_scales_by_covariate_follow_the_formula_and_ask_for_no_more():
     made = model([AGE, SEX], "adaptive_norm")
-    values = made.encode_covariates([{"age": 50.0, "sex": "F"}] * 2)
+    values = made.encode_condition([{"age": 50.0, "sex": "F"}] * 2)
     step = next(iter(made.schedule.grid(3)))
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    no_age = made.encode_covariates([{"sex": "F"}] * 2)
+    no_age = made.encode_condition([{"sex": "F"}] * 2)
     with torch.no_grad():
         whole, without = made.denoise_many(x, step, [values, no_age])
         calls = record_calls(made)
@@ -62,7 +62,9 @@ def test_scales_by_covariate_follow_the_formula_and_ask_for_no_more():
         prediction = made.guided_denoise(values, settings)(x, step)
     torch.testing.assert_close(prediction.eps, whole.eps + 1.5 * (whole.eps - without.eps), rtol=1e-4, atol=1e-4)
     assert [len(x) for x, _, _ in calls] == [4]
-    with pytest.raises(LdmError, match="covariate 'aeg' is not known; legal: age, sex. Did you mean 'age'"):
+    with pytest.raises(
+        LdmError, match="conditioner 'aeg' is not known; legal: age, sex, covariates. Did you mean 'age'"
+    ):
         made.sample({}, n=1, guidance_scale={"aeg": 2.0})
 
 
@@ -85,7 +87,7 @@ def test_a_learned_variance_is_read_from_the_second_half_and_sampled_with(tmp_pa
     made = model([AGE], "concat", **LEARNED)
     step = next(iter(made.schedule.grid(3)))
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    values = made.encode_covariates([{"age": 50.0}] * 2)
+    values = made.encode_condition([{"age": 50.0}] * 2)
     with torch.no_grad():
         output = made.evaluate(made.network, x, torch.full((2,), step.t), values)
         prediction = made.denoise_many(x, step, [values])[0]

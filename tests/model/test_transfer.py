@@ -64,11 +64,11 @@ def test_covariates_are_mapped_by_name(tmp_path, mode):
     with torch.no_grad():
         # a new covariate has no influence yet where its columns are zero; attention has a new token at once
         for volume in (0.3, torch.nan) if mode != "cross_attention" else ():
-            known = source.network(x, t, torch.tensor([[0.2, 1.0]] * 2))
-            mapped = target.network(x, t, torch.tensor([[volume, 1.0, code]] * 2))
+            known = source.network(x, t, {"covariates": torch.tensor([[0.2, 1.0]] * 2)})
+            mapped = target.network(x, t, {"covariates": torch.tensor([[volume, 1.0, code]] * 2)})
             torch.testing.assert_close(mapped, known, rtol=1e-4, atol=1e-4)
     if mode == "cross_attention":
-        known, mapped = (m.network.conditioner.tokens for m in (source, target))
+        known, mapped = (m.network.conditioners.covariates.tokens for m in (source, target))
         torch.testing.assert_close(mapped[2](torch.tensor([code])), known[0](torch.tensor([0.2])))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.conditioning.base import Conditioners
 from ldm.conditioning.covariates import MODES, CovariateConditioner
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
@@ -50,13 +51,13 @@ def test_every_covariate_and_every_null_reaches_the_output(mode, size):
     x, t = torch.randn(1, 3, *size), torch.tensor([500])
     base = torch.tensor([[0.2, 0.0, 1.0]])
     with torch.no_grad():
-        reference = net(x, t, base)
+        reference = net(x, t, {"covariates": base})
         assert reference.shape == x.shape
         for k, other in enumerate((0.9, 1.0, 2.0)):
             for value in (other, torch.nan):
                 changed = base.clone()
                 changed[0, k] = value
-                assert (net(x, t, changed) - reference).abs().max() > 1e-5, (mode, k, value)
+                assert (net(x, t, {"covariates": changed}) - reference).abs().max() > 1e-5, (mode, k, value)
 
 
 def test_missing_covariates_have_nulls_of_their_own():
@@ -67,9 +68,9 @@ def test_missing_covariates_have_nulls_of_their_own():
 
 
 def test_dropping_is_per_sample_and_per_covariate():
-    conditioner = CovariateConditioner([0, 0, 0], "concat", drop_rate=0.3, drop_all_rate=0.2)
-    uniforms = torch.rand(20000, 4, generator=torch.Generator().manual_seed(0))
-    hidden = conditioner.drop(torch.zeros(20000, 3), uniforms).isnan()
+    conditioners = Conditioners({"covariates": CovariateConditioner([0, 0, 0], "concat", drop_rate=0.3)}, 0.2)
+    uniforms = torch.rand(20000, conditioners.num_uniforms, generator=torch.Generator().manual_seed(0))
+    hidden = conditioners.drop({"covariates": torch.zeros(20000, 3)}, uniforms)["covariates"].isnan()
     expected = 1 - 0.7 * 0.8
     assert hidden.float().mean(0).sub(expected).abs().max() < 0.02
     assert abs(float(hidden.all(1).float().mean()) - (0.2 + 0.8 * 0.3**3)) < 0.02
@@ -101,7 +102,7 @@ def test_positions_tell_places_apart():
             if isinstance(module, torch.nn.Conv3d):
                 module.padding_mode = "circular"
                 module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]
-    x, t, values = torch.zeros(1, 3, 4, 4, 4), torch.tensor([500]), torch.full((1, 3), 0.5)
+    x, t, values = torch.zeros(1, 3, 4, 4, 4), torch.tensor([500]), {"covariates": torch.full((1, 3), 0.5)}
     with torch.no_grad():
         assert without(x, t, values).std((2, 3, 4)).max() < 1e-5
         assert with_it(x, t, values).std((2, 3, 4)).max() > 1e-3

@@ -51,9 +51,7 @@ def test_a_network_that_knows_x0_and_eps_has_no_loss(settings):
     shown = []
 
     class Oracle(torch.nn.Module):
-        conditioner = None
-
-        def forward(self, x, t, values):
+        def forward(self, x, t, condition):
             shown.append((x, t))
             p, q = {"v_prediction": (-sigma, alpha), "flow": (-1 + 0 * sigma, 1 + 0 * sigma)}.get(
                 module.model.prediction_type, (sigma / (1 + sigma**2).sqrt(), -1 / (1 + sigma**2).sqrt())

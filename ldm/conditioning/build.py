@@ -1,0 +1,152 @@
+"""The list of conditioners that a configuration or a model file describes.
+
+``condition`` describes the covariates; ``conditioners`` is a mapping of the others, one of each kind: ``mask``,
+``image`` and ``text``. `complete` adds what only the cohort knows (label values, vocabulary), so that the description
+in a model file is enough to build the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ldm.conditioning.base import COVARIATES, Conditioner, Conditioners, check_rate
+from ldm.conditioning.captions import Caption
+from ldm.conditioning.covariates import build_conditioner
+from ldm.conditioning.planes import ImageConditioner, MaskConditioner
+from ldm.conditioning.text import TextConditioner, own_vocabulary, read_vocabulary
+from ldm.data.labels import LabelClasses
+from ldm.data.schema import CovariateSchema
+from ldm.errors import LdmError, nearest
+
+#: kind -> its settings and their defaults; None has to be given, but for `vocabulary`
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mask": {"drop_rate": 0.1},
+    "image": {"channels": None, "drop_rate": 0.1},
+    "text": {
+        "caption": None,
+        "vocabulary": None,
+        "dim": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_tokens": 64,
+        "drop_rate": 0.1,
+    },
+}
+WHERE = "ldm.conditioners"
+
+
+def with_defaults(config: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, dict[str, Any]]:
+    """``ldm.conditioners`` with every setting; needs no cohort.
+
+    Raises:
+        LdmError: an unknown kind or setting, a rate that is none, or a setting that has to be given.
+    """
+    settings = {}
+    for kind, given in (config or {}).items():
+        if kind not in SETTINGS:
+            raise LdmError(f"{WHERE}.{kind} is no conditioner; legal: {', '.join(SETTINGS)}.{nearest(kind, SETTINGS)}")
+        legal = SETTINGS[kind]
+        for name in given or {}:
+            if name not in legal:
+                raise LdmError(
+                    f"{WHERE}.{kind}.{name} is not a setting.{nearest(name, legal)} Legal: {', '.join(legal)}."
+                )
+        settings[kind] = {**legal, **(given or {})}
+        check_rate(f"{WHERE}.{kind}.drop_rate", settings[kind]["drop_rate"])
+    if "image" in settings and not settings["image"]["channels"]:
+        raise LdmError(f"{WHERE}.image.channels: name the channels of data.image that are given, e.g. [T2].")
+    if "text" in settings and not settings["text"]["caption"]:
+        raise LdmError(f"{WHERE}.text.caption: say how a row is told, e.g. 'a {{age:.0f}}-year-old {{sex:woman|man}}'.")
+    return settings
+
+
+def complete(
+    config: Mapping[str, Mapping[str, Any] | None] | None,
+    schema: CovariateSchema,
+    label_names: Mapping[str, Any] | None,
+    channels: Sequence[str],
+    factor: int,
+    label_values: Collection[int] = (),
+) -> dict[str, dict[str, Any]]:
+    """The conditioners as a model file describes them.
+
+    Args:
+        config: ``ldm.conditioners``.
+        schema: fitted covariates.
+        label_names: ``data.label_names``.
+        channels: of the cohort's images.
+        factor: of the first stage: sides of an image over those of the latent.
+        label_values: that the cohort's label maps have.
+
+    Raises:
+        LdmError: see :func:`with_defaults`; no label names, unknown channels, or a caption that does not fit.
+    """
+    settings = with_defaults(config)
+    clash = [kind for kind in settings if kind in schema.names]
+    if clash:
+        raise LdmError(f"data.covariates.{clash[0]} has the name of a conditioner; give the covariate another.")
+    if "mask" in settings:
+        settings["mask"]["factor"] = factor
+        classes = LabelClasses.from_config(label_names).values
+        named = {0, *(value for values in classes.values() for value in values)}
+        settings["mask"]["labels"] = {name: list(values) for name, values in classes.items()}
+        settings["mask"]["unnamed"] = sorted(set(label_values) - named)
+    if "image" in settings:
+        _check_channels(settings["image"]["channels"], channels)
+        settings["image"]["factor"] = factor
+    if "text" in settings:
+        text = settings["text"]
+        caption, path = Caption.parse(text["caption"], schema, f"{WHERE}.text.caption"), text["vocabulary"]
+        text["vocabulary"] = own_vocabulary(caption.texts()) if path is None else read_vocabulary(path)
+    return settings
+
+
+def build_conditioners(
+    schema: CovariateSchema,
+    condition: Mapping[str, Any],
+    conditioners: Mapping[str, Mapping[str, Any]],
+    spatial_dims: int,
+    embedding_dim: int,
+) -> Conditioners:
+    """The list: covariates first, then the others.
+
+    Args:
+        schema: covariates; none are conditioned on if it is empty or ``condition.mode`` is ``none``.
+        condition: ``mode``, ``dim``, ``drop_rate`` and ``drop_all_rate``.
+        conditioners: of :func:`complete`.
+        spatial_dims: 2 or 3.
+        embedding_dim: width of the denoiser's time embedding.
+
+    Raises:
+        LdmError: a setting that is not legal.
+    """
+    built: dict[str, Conditioner] = {}
+    covariates = build_conditioner([len(one.levels or ()) for one in schema], condition, embedding_dim)
+    if covariates is not None:
+        built[COVARIATES] = covariates
+    for kind, given in conditioners.items():
+        settings, where = dict(given), f"{WHERE}.{kind}"
+        if kind == "text":
+            caption = Caption.parse(settings.pop("caption"), schema, f"{where}.caption")
+            width = settings["dim"] if covariates is None else covariates.context_dim or settings["dim"]
+            built[kind] = TextConditioner(settings.pop("vocabulary"), caption, width, where=where, **settings)
+        elif kind == "image":
+            built[kind] = ImageConditioner(spatial_dims=spatial_dims, where=where, **settings)
+        else:
+            built[kind] = MaskConditioner(where=where, **settings)
+    return Conditioners(built, condition.get("drop_all_rate", 0.1))
+
+
+def _check_channels(chosen: Sequence[str], channels: Sequence[str]) -> None:
+    for name in chosen:
+        if name not in channels:
+            raise LdmError(
+                f"{WHERE}.image.channels: there is no channel '{name}' in data.image; legal: {', '.join(channels)}."
+                f"{nearest(name, channels)}"
+            )
+    if len(set(chosen)) != len(chosen) or len(chosen) == len(channels):
+        raise LdmError(
+            f"{WHERE}.image.channels is {list(chosen)}; name each once, and leave one of {', '.join(channels)} to be "
+            "generated."
+        )
