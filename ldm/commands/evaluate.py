@@ -97,7 +97,7 @@ def held_out(
 
 
 def in_model_space(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
-    """A written sample, a file a channel, on the model's grid and in its range: ``(C, *S)``."""
+    """A written sample, all its files together, on the model's grid and in its range: ``(C, *S)``."""
     recipe = model.preprocessing
     array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
     if recipe.spatial_dims == 2:
@@ -205,9 +205,10 @@ def _pairs(rows, measured, name) -> tuple[list[float], list[float]]:
 
 def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:
     """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
-    shown = min(SHOWN, len(real), len(samples))
-    figures.mosaic(real[:shown], folder / "real.png", [describe(row) for row in rows[:shown]], value_range)
-    figures.mosaic(samples[:shown], folder / "samples.png", [describe(row) for row in asked[:shown]], value_range)
+    shown, rgb = min(SHOWN, len(real), len(samples)), model.preprocessing.is_rgb
+    for name, images, titles in (("real", real, rows), ("samples", samples, asked)):
+        titles = [describe(row) for row in titles[:shown]]
+        figures.mosaic(images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
 
 
 def training_curves(config: DictConfig) -> dict[str, Path]:

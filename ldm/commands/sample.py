@@ -204,8 +204,8 @@ def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequen
 def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
     """A picture of written samples, as a viewer would show the files."""
     shown = [read(path, spatial_dims=model.preprocessing.spatial_dims).array for path in paths]
-    titles = [describe(row) for row in rows[: len(shown)]]
-    return figures.mosaic(shown, out, titles, None)
+    titles, rgb = [describe(row) for row in rows[: len(shown)]], model.preprocessing.is_rgb
+    return figures.mosaic(shown, out, titles, (0, 255) if rgb else None, rgb=rgb)
 
 
 def _count(config: DictConfig) -> int | None:

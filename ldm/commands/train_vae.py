@@ -59,7 +59,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} vae",
         monitor="vae/val/psnr",
         loggers=loggers(config),
-        callbacks=[ReconstructionPanels(run_dir)],
+        callbacks=[ReconstructionPanels(run_dir, datamodule.preprocessing.is_rgb)],
     )
     logger.info(
         "First stage: PSNR %.2f dB, SSIM %.3f on held-out images. Model: %s",

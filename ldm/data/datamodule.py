@@ -144,6 +144,7 @@ class CohortDataModule(L.LightningDataModule):
         self._cohort: Cohort | None = None
         self._preprocessing: Preprocessing | None = None
         self._cache: VolumeCache | None = None
+        self._consumed = 0  # training batches
 
     # state, known after prepare_data or setup ---------------------------------------------------------
 
@@ -207,9 +208,15 @@ class CohortDataModule(L.LightningDataModule):
                     "node or in a folder that all nodes see."
                 )
 
+    def start_at(self, batches: int) -> None:
+        """Let training go on behind so many batches of each process, see `EpochSampler.start_at`."""
+        self._consumed = batches
+
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, or random patches of them, in the epoch's order."""
-        return self._loader(self.dataset("train", augment=True, patch_size=self.patch_size), shuffle=True)
+        loader = self._loader(self.dataset("train", augment=True, patch_size=self.patch_size), shuffle=True)
+        loader.sampler.start_at(self._consumed, self.batch_size)
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """Whole validation images in the table's order."""

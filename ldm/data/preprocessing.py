@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RGB = ("red", "green", "blue")
+
 # Two files share a grid when no corner of one is further than this, in voxels, from the other's.
 GRID_TOLERANCE = 0.1
 
@@ -117,6 +119,12 @@ class Preprocessing:
         """(C, *S) of `load`'s arrays; needs `fit`."""
         self._expect_fitted()
         return (len(self.channels), *self.shape)
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether the channels are those of one RGB picture, which is what they are written as."""
+        prefix = self.channels[0].removesuffix(RGB[0]) if self.channels else ""
+        return self.spatial_dims == 2 and self.channels == tuple(prefix + colour for colour in RGB)
 
     @property
     def voxel_size(self) -> tuple[float, ...] | None:
@@ -318,11 +326,12 @@ def _header(image: images.Image) -> images.Header:
 
 
 def _channel_names(headers: Mapping[str, images.Header]) -> tuple[str, ...]:
-    """``T1`` for a one-channel file, ``image_0``, ``image_1``, ... for a file of several channels."""
+    """``T1`` for a one-channel file, ``image_0``, ``image_1``, ... for several, ``image_red``, ... for RGB pictures."""
     names: list[str] = []
     for name, header in headers.items():
         count = header.shape[0]
-        names += [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
+        parts = RGB if header.facts.get("mode") == "RGB" else range(count)
+        names += [name] if count == 1 else [f"{name}_{part}" for part in parts]
     return tuple(names)
 
 

@@ -41,9 +41,10 @@ def write_samples(
 ) -> list[Path]:
     """Draw one sample a row and write it; existing files of the same request are kept.
 
-    Writes ``sub-000001.nii.gz`` (2-D: ``.png``; several channels: ``sub-000001_NAME.nii.gz``), ``participants.tsv``
-    with what was asked, ``participants.json`` with units, and ``provenance.json``. An image is written under a
-    temporary name first, so a file that is there is whole; the same call goes on where it was stopped.
+    Writes ``sub-000001.nii.gz`` (2-D: ``.png``; several channels: ``sub-000001_NAME.nii.gz``, but one RGB picture for
+    a cohort of RGB pictures), ``participants.tsv`` with what was asked, ``participants.json`` with units, and
+    ``provenance.json``. An image is written under a temporary name first, so a file that is there is whole; the same
+    call goes on where it was stopped.
 
     Args:
         model: what samples.
@@ -97,18 +98,18 @@ def sample_name(index: int) -> str:
 
 
 def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]:
-    """Files of one sample, one a channel."""
+    """Files of one sample: one a channel, or one RGB picture."""
     suffix = ".nii.gz" if model.preprocessing.spatial_dims == 3 else ".png"
     channels = model.preprocessing.channels
-    if len(channels) == 1:
+    if len(channels) == 1 or model.preprocessing.is_rgb:
         return [out / f"{name}{suffix}"]
     return [out / f"{name}_{channel}{suffix}" for channel in channels]
 
 
 def write_image(model: LatentDiffusionModel, image: np.ndarray, paths: Sequence[Path]) -> None:
-    """Write an image ``(C, *S)`` in the cohort's space, a file a channel, each atomically."""
-    for channel, path in enumerate(paths):
-        images.write(path, model.preprocessing.restore(image[channel : channel + 1]))
+    """Write an image ``(C, *S)`` in the cohort's space, its channels shared out to the files, each atomically."""
+    for path, channels in zip(paths, np.split(image, len(paths)), strict=True):
+        images.write(path, model.preprocessing.restore(channels))
 
 
 def write_table(

@@ -65,11 +65,12 @@ class ResumeCheckpoint(Callback):
             self.save_model()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C and SIGTERM keep the work done since the last write."""
+        """Ctrl-C and SIGTERM keep the work done since the last write, unless a step is half taken."""
         if (
             isinstance(exception, KeyboardInterrupt | SystemExit)
             and trainer.world_size == 1
             and module.step > self._step
+            and not module.updating
         ):
             self._save(trainer, module)
             logger.info("Interrupted at step %d; run the same command to go on.", module.step)

@@ -26,10 +26,17 @@ class LatentDataModule(L.LightningDataModule):
         super().__init__()
         self.train, self.valid, self.cohort = train, valid, cohort
         self.batch_size, self.seed = batch_size, seed
+        self._consumed = 0  # training batches
+
+    def start_at(self, batches: int) -> None:
+        """Let training go on behind so many batches of each process, see :meth:`EpochSampler.start_at`."""
+        self._consumed = batches
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled; memory-mapped reads are too cheap for worker processes."""
-        return self._loader(self.train, shuffle=True)
+        loader = self._loader(self.train, shuffle=True)
+        loader.sampler.start_at(self._consumed, self.batch_size)
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """In order."""

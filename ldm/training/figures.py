@@ -26,6 +26,7 @@ def mosaic(
     titles: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = (0.0, 1.0),
     columns: int = 4,
+    rgb: bool = False,
 ) -> Path:
     """Images ``(C, *S)`` side by side, first channel, each with its centre planes in a row.
 
@@ -33,8 +34,9 @@ def mosaic(
         titles: one an image.
         value_range: black and white; None takes each image's own.
         columns: images a row.
+        rgb: the three channels are the colours of a picture.
     """
-    strips = [_strip(image[0]) for image in images]
+    strips = [_colours(image, value_range) if rgb else _strip(image[0]) for image in images]
     rows = -(-len(strips) // columns)
     width = 1.5 * max(strip.shape[1] / strip.shape[0] for strip in strips)
     figure = Figure(figsize=(width * columns, 1.75 * rows))
@@ -53,11 +55,15 @@ def reconstruction_panel(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     path: Path,
     value_range: tuple[float, float] | None = (0.0, 1.0),
+    rgb: bool = False,
 ) -> Path:
-    """Image, reconstruction and their difference, a row a case, first channel."""
+    """Image, reconstruction and their difference, a row a case; first channel, or colours and their mean difference."""
     low, high = value_range or (float(pairs[0][0].min()), float(pairs[0][0].max()))
     limit = 0.25 * (high - low)
-    strips = [(_strip(x[0]), _strip(y[0]), _strip(y[0] - x[0], 0.0)) for x, y in pairs]
+    if rgb:
+        strips = [(*(_colours(z, (low, high)) for z in (x, y)), _strip((y - x).mean(0), 0.0)) for x, y in pairs]
+    else:
+        strips = [(_strip(x[0]), _strip(y[0]), _strip(y[0] - x[0], 0.0)) for x, y in pairs]
     aspect = strips[0][0].shape[1] / strips[0][0].shape[0]
     figure = Figure(figsize=(3 * 1.7 * aspect, 1.8 * len(strips)))
     axes = figure.subplots(len(strips), 3, squeeze=False)
@@ -113,6 +119,13 @@ def _strip(image: np.ndarray, fill: float | None = None) -> np.ndarray:
         above = (height - part.shape[0]) // 2
         padded.append(np.pad(part, ((above, height - part.shape[0] - above), (0, 1)), constant_values=value))
     return np.concatenate(padded, axis=1)
+
+
+def _colours(image: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    """An RGB picture ``(3, H, W)`` as ``(H, W + 1, 3)`` in 0..1."""
+    low, high = value_range or (float(image.min()), float(image.max()))
+    strip = np.stack([_strip(channel) for channel in image], axis=-1)  # (H, W + 1, 3)
+    return np.clip((strip - low) / max(high - low, 1e-12), 0.0, 1.0)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -50,7 +50,7 @@ def fit(
     """Train ``module`` to the end of its budget, from ``last.ckpt`` if there is one.
 
     Args:
-        module, datamodule: what is trained, on what.
+        module, datamodule: what is trained, on what; the data module has ``start_at(batches)``.
         trainer: the ``trainer`` section of the configuration.
         run_dir: the run folder.
         identity: what a checkpoint has to agree with to be continued, e.g. the network and the split hash.
@@ -83,7 +83,7 @@ def fit(
         lambda: save_model(_validation(module)),
         module.accumulate,
     )
-    lightning.callbacks.insert(0, _Identity(identity))
+    lightning.callbacks.insert(0, _Position(identity))
     if state is not None and _finished(state, budget):
         logger.info(
             "Already trained for %d steps: %s. Raise trainer.max_steps to go on.",
@@ -93,6 +93,7 @@ def fit(
     else:
         if state is not None:
             logger.info("Going on at step %d of %s.", state["ldm"]["step"], checkpoint)
+            datamodule.start_at(state["ldm"]["step"] * module.accumulate)
         lightning.fit(module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True)
         if lightning.interrupted:
             raise KeyboardInterrupt
@@ -131,14 +132,33 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-class _Identity(L.Callback):
-    """Puts what a checkpoint belongs to, and how far it is, into the checkpoint."""
+class _Position(L.Callback):
+    """Puts what a checkpoint belongs to, and how far it is, into the checkpoint; goes on from there.
+
+    Our step counter is the only position. Lightning's own loops count batches, also those of a step that an
+    interruption cut off, and repeat an epoch from its start; their state is left out, and the counters that
+    decide on epochs and validations follow from ours.
+    """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self.identity = dict(identity)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["ldm"] = {"identity": self.identity, "step": module.step, "elapsed": module.budget.elapsed}
+        checkpoint.pop("loops", None)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.pop("loops", None)  # of a file that an earlier version wrote
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        batches = module.step * module.accumulate
+        loop = trainer.fit_loop
+        for progress, count in (
+            (loop.epoch_loop.batch_progress.total, batches),
+            (loop.epoch_progress.total, batches // trainer.num_training_batches),
+            (loop.epoch_progress.current, batches // trainer.num_training_batches),
+        ):
+            progress.ready = progress.started = progress.processed = progress.completed = count
 
 
 def _validation(module: StageModule) -> dict[str, float]:

@@ -43,6 +43,7 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
         self._micro = 0  # batches since the last optimisation step
+        self.updating = False  # from the first changed weight of a step to its end, where no state is worth keeping
         self._rows: Sequence[int] | Tensor = ()  # records of the current batch, for messages
         self.budget: Budget | None = None
         self.latest: dict[str, float] = {}  # everything recorded last, for the progress bar and the model file
@@ -87,6 +88,7 @@ class StageModule(L.LightningModule):
         self.manual_backward(loss / self.accumulate)
         if not last:
             return None
+        self.updating = True
         factor, norms = self.lr_factor(), {}
         for optimizer, network in zip(_list(self.optimizers()), networks, strict=True):
             for group in optimizer.param_groups:
@@ -99,6 +101,10 @@ class StageModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)
         self._step += 1
         return norms
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The averages have followed: the state is whole."""
+        self.updating = False
 
     # --- random numbers -----------------------------------------------------------------------------
 

@@ -41,7 +41,16 @@ class FigureCallback(Callback):
 
 
 class ReconstructionPanels(FigureCallback):
-    """Fixed held-out cases with their reconstruction and the difference, every validation."""
+    """Fixed held-out cases with their reconstruction and the difference, every validation.
+
+    Args:
+        folder: run folder.
+        rgb: the images are RGB pictures.
+    """
+
+    def __init__(self, folder: Path, rgb: bool = False) -> None:
+        super().__init__(folder)
+        self.rgb = rgb
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the cases that the module kept."""
@@ -49,7 +58,7 @@ class ReconstructionPanels(FigureCallback):
             return
         pairs = [(x.float().numpy(), y.float().numpy()) for x, y in module.validation["panels"]]
         path = figures.reconstruction_panel(
-            pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range
+            pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range, self.rgb
         )
         self.publish(trainer, "vae/reconstruction", path, module.step)
         self.curves(self.folder, ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"))
@@ -93,6 +102,7 @@ class SamplePanels(FigureCallback):
             self.folder / f"samples_{module.step:07d}.png",
             [describe(row) for row in samples.covariates],
             model.preprocessing.value_range,
+            rgb=model.preprocessing.is_rgb,
         )
         self.publish(trainer, "ldm/samples", path, module.step)
         metrics = conditioning_test(model, len(self.rows), self.steps, self.measure, self.inputs)

@@ -152,7 +152,8 @@ def test_the_segmenter_takes_a_step_and_measures(ldm, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_go_all_the_way(ldm, tiny, tmp_path):
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_go_all_the_way(ldm, tiny, tmp_path, mode):
     rng = np.random.default_rng(0)
     rows = ["participant_id\tage\tkind"]
     (tmp_path / "pictures").mkdir()
@@ -160,7 +161,9 @@ def test_pictures_go_all_the_way(ldm, tiny, tmp_path):
         y, x = np.mgrid[:30, :26]  # not a multiple of anything: padded on the way in, cropped on the way out
         radius = 4 + i / 4
         picture = 200 * np.exp(-((y - 15) ** 2 + (x - 13) ** 2) / radius**2) + rng.normal(20, 5, (30, 26))
-        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(tmp_path / f"pictures/s{i}.png")
+        if mode == "RGB":
+            picture = picture[..., None] * np.array([1.0, 0.5, 0.2])
+        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8), mode).save(tmp_path / f"pictures/s{i}.png")
         rows.append(f"s{i}\t{40 + i}\t{'ab'[i % 2]}")
     (tmp_path / "pictures/participants.tsv").write_text("\n".join(rows) + "\n")
     networks = [item for item in tiny if not item.startswith("data.")]
@@ -181,7 +184,9 @@ def test_pictures_go_all_the_way(ldm, tiny, tmp_path):
         assert not code, text
     code, text = ldm("sample", *settings, "n=2", "steps=2", "out=out")
     assert not code, text
-    assert PIL.Image.open(tmp_path / "out/sub-000002.png").size == (26, 30)
+    assert sorted(path.name for path in (tmp_path / "out").glob("sub-*")) == ["sub-000001.png", "sub-000002.png"]
+    sample = PIL.Image.open(tmp_path / "out/sub-000002.png")
+    assert (sample.size, sample.mode) == ((26, 30), mode)
     assert json.loads((tmp_path / "out/participants.json").read_text())["age"]["Units"] == "years"
     code, text = ldm("evaluate", *settings, "n=4", "repeats=2", "steps=2")
     assert not code, text

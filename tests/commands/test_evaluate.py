@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from ldm.commands.evaluate import in_model_space
@@ -11,6 +12,7 @@ from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
 from ldm.model.output import image_paths, write_image
 
+RGB = tuple(f"photo_{colour}" for colour in ("red", "green", "blue"))
 LAS = np.diag([-2.0, 1.5, 3.0, 1.0])
 
 
@@ -26,4 +28,19 @@ def test_a_written_sample_comes_back_with_all_channels_in_the_models_range(tmp_p
     image[:, 1:7, 1:8] = np.random.default_rng(0).uniform(*recipe.range, (2, 6, 7, 8))
     paths = image_paths(model, tmp_path, "sub-000001")
     write_image(model, image, paths)
+    np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "files"), [(RGB, 1), (("T1", "T2", "FLAIR"), 3)], ids=["RGB", "three channels"])
+def test_a_written_picture_comes_back_with_all_channels(tmp_path, channels, files):
+    recipe = IntensityRecipe("window", 0.0, 255.0, (-1.0, 1.0))
+    reference = Geometry.plan((6, 7), shape=(8, 8))  # padded on the way in
+    model = SimpleNamespace(preprocessing=Preprocessing(2, None, None, (8, 8), (1, 1), recipe, channels, reference))
+    image = np.full((3, 8, 8), -1.0, np.float32)
+    image[:, 1:7, 1:] = np.random.default_rng(0).integers(0, 256, (3, 6, 7)) / 127.5 - 1
+    paths = image_paths(model, tmp_path, "sub-000001")
+    write_image(model, image, paths)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert len(paths) == files
+    assert {PIL.Image.open(path).mode for path in paths} == {"RGB" if files == 1 else "L"}
     np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)

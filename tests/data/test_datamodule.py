@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from ldm.data import cache as cache_module
 from ldm.data.cache import build_cache, content_hash, open_cache
@@ -111,6 +112,42 @@ def test_one_process_and_two_see_the_same_global_batches() -> None:
     assert list(EpochSampler(items, seed=6)) != order  # seed 6 epoch 0 is not seed 5 epoch 1
     short = [list(EpochSampler(items, 2, rank, drop_last=True)) for rank in range(2)]
     assert len(set(short[0]) | set(short[1])) == 10
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_order_goes_on_behind_the_batches_that_were_consumed(ranks: int) -> None:
+    def batches(start: int, rank: int) -> list[list[int]]:
+        """All batches of three epochs behind the first ``start``; the iterator of the first one is made twice."""
+        sampler = EpochSampler(list(range(23)), ranks, rank, seed=5)
+        sampler.start_at(start, 4)
+        loader = DataLoader(range(23), 4, sampler=sampler)
+        next(iter(loader))
+        result = [batch.tolist() for batch in loader]
+        for epoch in range(sampler.epoch + 1, 3):
+            sampler.set_epoch(epoch)
+            result += [batch.tolist() for batch in loader]
+        return result
+
+    for rank in range(ranks):
+        whole = batches(0, rank)
+        assert len(whole) == {1: 18, 2: 9}[ranks]
+        for start in (1, 3, 5, len(whole) // 3, len(whole) // 3 + 1, len(whole) - 1):
+            assert batches(start, rank) == whole[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_data_go_on_behind_the_batches_that_were_consumed(data_cfg: dict, workers: int) -> None:
+    data_cfg["augment"] = {"brightness": 0.5}
+    whole = ready(data_cfg, batch_size=3).train_dataloader()  # 3 batches an epoch
+    whole.sampler.set_epoch(1)
+    module = ready(data_cfg, batch_size=3, num_workers=workers)
+    module.start_at(4)
+    rest = module.train_dataloader()
+    assert len(rest) == 3
+    for expected, found in zip(list(whole)[1:], rest, strict=True):
+        assert expected["index"].tolist() == found["index"].tolist()
+        assert torch.equal(expected["image"], found["image"])
+    assert [int(i) for batch in module.val_dataloader() for i in batch["index"]] == [8, 9, 10, 11]
 
 
 def test_training_items_depend_on_seed_epoch_and_index_alone(data_cfg: dict) -> None:

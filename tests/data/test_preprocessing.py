@@ -137,9 +137,18 @@ def test_pictures_are_padded_and_come_back_as_bytes(tmp_path: Path) -> None:
     prep = Preprocessing.from_config(config, 8).fit([one])
     array, geometry = prep.load(one)
     assert array.shape == (3, 16, 16)
-    assert prep.channels == ("image_0", "image_1", "image_2")
+    assert prep.channels == ("image_red", "image_green", "image_blue")
+    assert prep.is_rgb
     assert (array[:, 0] == -1).all()
     np.testing.assert_array_equal(prep.restore(array, geometry), pixels)
+
+
+def test_three_channels_that_are_no_colours_stay_three(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((3, 8, 8)))
+    config = {"spatial_dims": 2, "intensity": {"kind": "percentile"}}
+    prep = Preprocessing.from_config(config, 8).fit([record({"image": tmp_path / "a.npy"})])
+    assert prep.channels == ("image_0", "image_1", "image_2")
+    assert not prep.is_rgb
 
 
 def test_labels_that_are_not_labels_are_refused(tmp_path: Path) -> None:

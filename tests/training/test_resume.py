@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.model.first_stage import FirstStage
+from ldm.training.checkpoint import ResumeCheckpoint
+from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.logging import read_metrics
+from ldm.training.vae import VAE
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +77,80 @@ def test_every_validated_state_is_kept_and_can_be_continued(ldm, tiny, tmp_path,
     assert not code, text
     assert "Going on at step 2" in text
     assert [step for step, _ in read_metrics(killed / "metrics.jsonl")["vae/train/loss"]] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("verb", "module", "key", "workers"),
+    [("train-vae", VAE, "index", 1), ("train-ldm", LatentDiffusion, "row", 0)],
+    ids=["vae", "ldm"],
+)
+def test_an_interrupted_run_sees_the_data_and_ends_as_one_that_was_not(
+    ldm, tiny, tmp_path, monkeypatch, verb, module, key, workers
+):
+    """24 images in batches of 5, two batches a step; stopped in the 9th batch, in the middle of epoch and step."""
+    seen, original = [], module.training_step
+
+    def training_step(self, batch, batch_index):
+        original(self, batch, batch_index)
+        seen.append(batch[key].tolist())
+        if len(seen) == stop:
+            raise SystemExit(143)
+
+    settings = (
+        *tiny,
+        "trainer.precision=32-true",
+        "trainer.max_steps=8",
+        "trainer.val_every=3",
+        "data.augment={flip_axes: [0], brightness: 0.1}",
+        f"data.num_workers={workers}",
+        *(f"{stage}.{setting}" for stage in ("vae", "ldm") for setting in ("batch_size=5", "optimizer.accumulate=2")),
+    )
+    if verb == "train-ldm":
+        code, text = ldm("train-vae", *settings, "trainer.max_steps=1")
+        assert not code, text
+        assert "PSNR" in text, text
+    monkeypatch.setattr(module, "training_step", training_step)
+    stop = None
+    code, text = ldm(verb, *settings, "run_dir=whole")
+    assert not code, text
+    whole, seen[:], stop = list(seen), [], 9
+    assert ldm(verb, *settings, "run_dir=stopped")[0]
+    assert seen == whole[:9]
+    seen[:], stop = [], None
+    code, text = ldm(verb, *settings, "run_dir=stopped")
+    assert not code, text
+    assert "Going on at step 4" in text
+    assert seen == whole[8:]  # the step that was cut off is taken anew
+    assert len({tuple(rows) for rows in whole}) == len(whole)
+
+    expected, found = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "stopped"))
+    assert expected["state_dict"].keys() == found["state_dict"].keys()
+    assert all(torch.equal(value, found["state_dict"][name]) for name, value in expected["state_dict"].items())
+    assert moments(expected).keys() == moments(found).keys()
+    assert all(torch.equal(value, moments(found)[name]) for name, value in moments(expected).items())
+    curves = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "stopped")]
+    stage = verb.removeprefix("train-")
+    assert [step for step, _ in curves[0][f"{stage}/train/loss"]] == list(range(1, 9))
+    for name, points in curves[0].items():
+        if "/val/" in name or "/train/" in name:
+            assert curves[1][name] == points, name
+
+
+def moments(checkpoint):
+    """Tensors of the optimizers' states by their place."""
+    return {
+        (number, parameter, name): value
+        for number, optimizer in enumerate(checkpoint["optimizer_states"])
+        for parameter, state in optimizer["state"].items()
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("updating", [False, True])
+def test_a_step_that_is_half_taken_is_not_kept(tmp_path, updating):
+    """The weights have changed and the moving average has not: the state before is the one to go on from."""
+    written = []
+    trainer = SimpleNamespace(world_size=1, is_global_zero=False, save_checkpoint=written.append)
+    checkpoint = ResumeCheckpoint(tmp_path, 60.0, lambda: None)
+    checkpoint.on_exception(trainer, SimpleNamespace(step=3, updating=updating), KeyboardInterrupt())
+    assert bool(written) is not updating
