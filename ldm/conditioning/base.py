@@ -7,6 +7,7 @@ condition in training, leaving it out when sampling, and the null of guidance ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def _at_one_size(planes: Sequence[Tensor]) -> list[Tensor]:
     return [p if p.ndim > 2 or not size else p[(..., *(None,) * len(size))].expand(*p.shape, *size) for p in planes]
 
 
-class Conditioner(nn.Module):
+class Conditioner(nn.Module, ABC):
     """One condition: its tensor, how often it is hidden in training, and what it tells the denoiser.
 
     Attributes:
@@ -95,10 +96,23 @@ class Conditioner(nn.Module):
         hidden = (uniforms < self.drop_rate).view(-1, *(1,) * (value.ndim - 1))  # (B, 1, ...)
         return torch.where(hidden, self.blank(value), value)
 
+    @abstractmethod
     def not_given(self, count: int, size: Sequence[int]) -> Tensor:
         """``(count, ...)`` with nothing given, for a latent grid of ``size``."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def forward(self, value: Tensor) -> Conditioning:
+        """What ``(B, ...)`` tells the denoiser.
+
+        Raises:
+            LdmError: a tensor of another shape.
+        """
+
+
+class InputConditioner(Conditioner):
+    """One that a user gives something of its own, beside the covariates."""
+
+    @abstractmethod
     def encode(self, value: Any, row: Mapping[str, Any], size: Sequence[int]) -> Tensor:
         """The tensor of one sample, ``(...)``, without B.
 
@@ -110,15 +124,6 @@ class Conditioner(nn.Module):
         Raises:
             LdmError: a value that is not legal.
         """
-        raise NotImplementedError
-
-    def forward(self, value: Tensor) -> Conditioning:
-        """What ``(B, ...)`` tells the denoiser.
-
-        Raises:
-            LdmError: a tensor of another shape.
-        """
-        raise NotImplementedError
 
 
 class Conditioners(nn.ModuleDict):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.conditioning.base import Conditioner, Conditioning
+from ldm.conditioning.base import Conditioning, InputConditioner
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
 
 
-class PlaneConditioner(Conditioner):
+class PlaneConditioner(InputConditioner):
     """Planes ``(B, P, *S)`` on the latent grid; where one is NaN, its learned null stands in.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.base import Conditioner, Conditioning
+from ldm.conditioning.base import Conditioning, InputConditioner
 from ldm.conditioning.captions import Caption
 from ldm.errors import LdmError
 
@@ -75,7 +75,7 @@ def own_vocabulary(texts: Iterable[str]) -> list[str]:
     return [*SPECIAL, *characters, *sorted(words - set(characters))]
 
 
-class TextConditioner(Conditioner):
+class TextConditioner(InputConditioner):
     """A caption, as the output tokens of a transformer encoder.
 
     The condition's tensor is token numbers ``(B, max_tokens)`` padded with [PAD], or -1 everywhere for no caption,
