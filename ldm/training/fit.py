@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm.errors import LdmError, nearest
 from ldm.precision import fast_at_bf16
@@ -94,7 +96,10 @@ def fit(
         if state is not None:
             logger.info("Going on at step %d of %s.", state["ldm"]["step"], checkpoint)
             datamodule.start_at(state["ldm"]["step"] * module.accumulate)
-        lightning.fit(module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True)
+        try:
+            lightning.fit(module, datamodule, ckpt_path=checkpoint if state is not None else None, weights_only=True)
+        except SIGTERMException as stop:  # alone it would end the process as if all were done
+            raise SystemExit(128 + signal.SIGTERM) from stop
         if lightning.interrupted:
             raise KeyboardInterrupt
         state = None
