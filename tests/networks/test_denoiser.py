@@ -8,6 +8,7 @@ from ldm.conditioning.covariates import MODES, CovariateConditioner
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.network import ConditionalDenoiser
+from ldm.networks.denoiser import Denoiser
 
 SCHEMA = CovariateSchema(
     [
@@ -106,3 +107,15 @@ def test_positions_tell_places_apart():
     with torch.no_grad():
         assert without(x, t, values).std((2, 3, 4)).max() < 1e-5
         assert with_it(x, t, values).std((2, 3, 4)).max() > 1e-3
+
+
+def test_padding_is_no_token():
+    torch.manual_seed(0)
+    settings = {"channels": (16, 32), "num_res_blocks": 1, "attention_levels": (False, True), "norm_num_groups": 16}
+    net = awake(Denoiser(2, 3, context_dim=8, context_padding=True, num_head_channels=16, **settings))
+    x, t, tokens = torch.randn(2, 3, 8, 8), torch.tensor([500, 20]), torch.randn(2, 2, 8)
+    padded = torch.cat([tokens, torch.full((2, 3, 8), torch.nan)], dim=1)  # (2, 5, 8)
+    with torch.no_grad():
+        expected = net(x, t, context=tokens)
+        torch.testing.assert_close(net(x, t, context=padded), expected)
+        assert (net(x, t, context=padded.nan_to_num()) - expected).abs().max() > 1e-4  # zeros are tokens
