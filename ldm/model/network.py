@@ -52,9 +52,9 @@ class ConditionalDenoiser(nn.Module):
         factor = self.denoiser.downsampling_factor
         if any(length % factor for length in size):
             raise LdmError(
-                f"A latent of {'x'.join(map(str, size))} cannot be halved {len(network['channels']) - 1} times by "
-                f"the U-Net (every side must be a multiple of {factor}): use fewer ldm.network.channels, or a "
-                f"data.shape that is a multiple of {factor} times the first stage's factor."
+                f"A latent of {'x'.join(map(str, size))} cannot be halved {factor.bit_length() - 1} times by "
+                f"the U-Net (every side must be a multiple of {factor}): use fewer ldm.network.channels or "
+                f"patch_size 1, or a data.shape that is a multiple of {factor} times the first stage's factor."
             )
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -41,6 +41,12 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
             f"ldm.init_from {path} diffuses {other.latent_shape[0]} latent channels, "
             f"this model {model.latent_shape[0]}."
         )
+    patch, theirs = model.network.denoiser.patch_factor, other.network.denoiser.patch_factor
+    if patch != theirs:
+        raise LdmError(
+            f"ldm.init_from {path} sees {theirs} latent voxels as one, this model {patch}: "
+            "set ldm.network.patch_size alike."
+        )
     if model.header["first_stage_sha256"] != other.header["first_stage_sha256"]:
         logger.warning(
             "%s was trained on latents of another first stage; the start is better when the first stages agree "
@@ -100,12 +106,14 @@ def map_planes(
 ) -> None:
     """Put the columns of every plane, and its null, at the place that it has in ``model``; new planes have zeros."""
     own, ours, theirs = model.network.state_dict(), model.network.conditioners, other.network.conditioners
+    patch = model.network.denoiser.patch_factor  # channels of the input that stand for one of a plane
     before, their_before = (
-        one.network.state_dict()[CONV_IN].shape[1] - one.network.conditioners.plane_channels for one in (model, other)
+        one.network.state_dict()[CONV_IN].shape[1] - patch * one.network.conditioners.plane_channels
+        for one in (model, other)
     )  # latent and position channels stand first
     shared = min(before, their_before)
     columns = [(slice(0, shared), slice(0, shared))]
-    starts, their_starts = _plane_starts(ours, before), _plane_starts(theirs, their_before)
+    starts, their_starts = (_plane_starts(one, start, patch) for one, start in ((ours, before), (theirs, their_before)))
     for name in ours:
         if name not in theirs or not ours[name].plane_channels or not theirs[name].plane_channels:
             continue
@@ -116,7 +124,7 @@ def map_planes(
             pairs = [(h, found[channel]) for h, channel in enumerate(ours[name].channels) if channel in found]
             blocks = [(slice(h, h + 1), slice(t, t + 1)) for h, t in pairs]
         _columns(mapped, own, f"conditioners.{name}.null", blocks, axis=0)
-        columns += [(_shift(h, starts[name]), _shift(t, their_starts[name])) for h, t in blocks]
+        columns += [(_inputs(h, starts[name], patch), _inputs(t, their_starts[name], patch)) for h, t in blocks]
         if name == COVARIATES and model.header["condition"]["mode"] == "hybrid":
             for key in own:
                 if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
@@ -137,12 +145,12 @@ def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: Lat
     mapped[WORDS] = table
 
 
-def _plane_starts(conditioners: Conditioners, start: int) -> dict[str, int]:
-    """First input channel of every conditioner's planes."""
+def _plane_starts(conditioners: Conditioners, start: int, patch: int) -> dict[str, int]:
+    """First input channel of every conditioner's planes, each of which takes ``patch`` channels."""
     starts = {}
     for name, one in conditioners.items():
         starts[name] = start
-        start += one.plane_channels
+        start += patch * one.plane_channels
     return starts
 
 
@@ -190,5 +198,6 @@ def _plane_slices(schema: CovariateSchema) -> list[slice]:
     return slices
 
 
-def _shift(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
+def _inputs(planes: slice, start: int, patch: int) -> slice:
+    """Input channels of some planes of a conditioner whose channels begin at ``start``."""
+    return slice(start + patch * planes.start, start + patch * planes.stop)

@@ -17,7 +17,7 @@ SEX = Covariate("sex", "categorical", levels=("F", "M"))
 VOLUME = Covariate("volume", "continuous", "mm3", (0.0, 10.0))
 
 
-def model(schema, mode, channels=3, seed=0, **settings):
+def model(schema, mode, channels=3, seed=0, patch_size=1, **settings):
     torch.manual_seed(seed)
     header = {
         "cohort": "test",
@@ -31,6 +31,7 @@ def model(schema, mode, channels=3, seed=0, **settings):
             "attention_levels": [False, True],
             "norm_num_groups": 16,
             "num_head_channels": 16,
+            "patch_size": patch_size,
         },
         "condition": {"mode": mode, "dim": 8, "drop_rate": 0.1, "drop_all_rate": 0.1},
         "schedule": {"beta_schedule": "linear"},
@@ -50,14 +51,15 @@ def model(schema, mode, channels=3, seed=0, **settings):
     return made.eval()
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_covariates_are_mapped_by_name(tmp_path, mode):
-    source = model([AGE, SEX], mode)
+def test_covariates_are_mapped_by_name(tmp_path, mode, patch_size):
+    source = model([AGE, SEX], mode, patch_size=patch_size)
     source.save(tmp_path / "m.safetensors")
     wider = (
         Covariate("age", "continuous", "years", (20.0, 100.0)) if mode in ("adaptive_norm", "cross_attention") else AGE
     )
-    target = model([VOLUME, SEX, wider], mode, seed=5)
+    target = model([VOLUME, SEX, wider], mode, seed=5, patch_size=patch_size)
     code = (48.0 - wider.range[0]) / (wider.range[1] - wider.range[0])  # the same 48 years: 0.2 of the source's range
     start_from(target, tmp_path / "m.safetensors")
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
@@ -78,6 +80,8 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
         start_from(model([AGE], "adaptive_norm"), tmp_path / "m.safetensors")
     with pytest.raises(LdmError, match="diffuses 3 latent channels, this model 2"):
         start_from(model([AGE], "concat", channels=2), tmp_path / "m.safetensors")
+    with pytest.raises(LdmError, match="sees 1 latent voxels as one, this model 4"):
+        start_from(model([AGE], "concat", patch_size=2), tmp_path / "m.safetensors")
 
 
 def test_a_saved_model_samples_the_same(tmp_path):

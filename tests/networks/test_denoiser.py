@@ -8,7 +8,7 @@ from ldm.conditioning.covariates import MODES, CovariateConditioner
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.network import ConditionalDenoiser
-from ldm.networks.denoiser import Denoiser
+from ldm.networks.denoiser import Denoiser, positions
 
 SCHEMA = CovariateSchema(
     [
@@ -107,6 +107,37 @@ def test_positions_tell_places_apart():
     with torch.no_grad():
         assert without(x, t, values).std((2, 3, 4)).max() < 1e-5
         assert with_it(x, t, values).std((2, 3, 4)).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 4, 8)])
+def test_patches_are_the_unet_on_rearranged_blocks(size):
+    torch.manual_seed(0)
+    settings = {
+        "channels": (16,),
+        "num_res_blocks": 1,
+        "attention_levels": (False,),
+        "norm_num_groups": 16,
+        "num_head_channels": 16,
+    }
+    net = awake(Denoiser(len(size), 2, plane_channels=1, patch_size=2, position_frequencies=2, **settings))
+    x, t, planes = torch.randn(3, 2, *size), torch.tensor([500, 20, 3]), torch.randn(3, 1, *size)
+
+    def blocks(image):  # (B, C, D, H, W) -> (B, 8 C, D/2, H/2, W/2), by hand
+        for axis in range(len(size)):
+            image = image.unflatten(2 + 2 * axis, (-1, 2))
+        halves = [2 + 2 * axis for axis in range(len(size))]
+        return image.permute(0, 1, *(h + 1 for h in halves), *halves).flatten(1, 1 + len(size))
+
+    where = positions([side // 2 for side in size], 2, x.device).expand(3, -1, *(side // 2 for side in size))
+    with torch.no_grad():
+        expected = net.unet(torch.cat([blocks(x), where, blocks(planes)], dim=1), t)
+        torch.testing.assert_close(blocks(net(x, t, planes=planes)), expected)
+    assert net.downsampling_factor == 2
+
+
+def test_a_patch_size_of_three_is_refused():
+    with pytest.raises(LdmError, match="ldm.network.patch_size 3 is not legal; legal: 1, 2"):
+        network("concat", patch_size=3)
 
 
 def test_padding_is_no_token():
