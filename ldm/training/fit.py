@@ -85,7 +85,8 @@ def fit(
         lambda: save_model(_validation(module)),
         module.accumulate,
     )
-    lightning.callbacks.insert(0, _Position(identity))
+    position = _Position(identity)
+    lightning.callbacks.insert(0, position)
     if state is not None and _finished(state, budget):
         logger.info(
             "Already trained for %d steps: %s. Raise trainer.max_steps to go on.",
@@ -105,7 +106,8 @@ def fit(
         state = None
     if state is not None:  # the weights of the finished run, for the final validation
         module.load_state_dict(state["state_dict"])
-    lightning.validate(module, datamodule, verbose=False)
+    if position.validated_at != module.step:  # Lightning validates by itself where the budget ends a run
+        lightning.validate(module, datamodule, verbose=False)
     metrics = _validation(module)
     metrics["train_seconds"] = budget.elapsed or state["ldm"]["elapsed"]
     metrics["peak_memory_gib"] = peak_memory_bytes(module.device) / 2**30
@@ -147,6 +149,10 @@ class _Position(L.Callback):
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self.identity = dict(identity)
+        self.validated_at: int | None = None  # the step of the latest validation
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.validated_at = module.step
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["ldm"] = {"identity": self.identity, "step": module.step, "elapsed": module.budget.elapsed}
