@@ -22,9 +22,12 @@ from ldm.data.draft import Record
 from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.evaluation.agreement import agreement
+from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.features import check_features, find_features
+from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.instruments import Instrument, find_instrument
-from ldm.evaluation.report import write_report
+from ldm.evaluation.report import write_folder_report, write_report
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import image_paths, sample_name
 from ldm.precision import autocast
@@ -38,15 +41,24 @@ SHOWN = 16
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds."""
+    """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds.
+
+    With ``real`` and ``synthetic``, two folders of images, no model is needed.
+    """
+    if config.real is not None or config.synthetic is not None:
+        return compare_folders(config)
     folder = Path(config.run_dir)
     model, path = load_model(config)
+    expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
     if datamodule.cohort.split_hash != model.header["split_sha256"]:
         raise LdmError(
             f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
             "could be among the held-out ones. Use the same data settings as for training."
         )
+    network = find_features(plain(config.features), model.device)
+    if network is not None:
+        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
     real, rows, records = held_out(datamodule, model.preprocessing.channels)
     repeated = min(config.repeats, len(rows))
     numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
@@ -68,10 +80,49 @@ def run(config: DictConfig) -> dict[str, Any]:
     instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
+    if network is not None:
+        drawn = samples[: config.n]  # the others repeat covariates
+        distances = model_distances(network, model, datamodule, real, rebuilt, drawn, config.n_ref, config.seed)
+        metrics |= {} if distances is None else {"distances": distances}
     pictures(model, real, rows, samples, asked, folder / "figures", value_range)
     _write_json(folder / "metrics.json", metrics)
     report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
     logger.info("Report: %s", report)
+    return metrics
+
+
+def expect_a_split(model: LatentDiffusionModel, path: Path) -> None:
+    """Refuse a model whose training subjects are not known.
+
+    Raises:
+        LdmError: it was imported.
+    """
+    if model.header["split_sha256"] is None:
+        raise LdmError(
+            f"{path} was imported (ldm import-weights) and has no split: whom it was trained on is not known, so no "
+            f"subject can be called held out. Draw from it (ldm sample model={path} ...) and compare the folder with "
+            "images that it has not seen: ldm evaluate real=DIR synthetic=DIR."
+        )
+
+
+def compare_folders(config: DictConfig) -> dict[str, Any]:
+    """Distances of two folders of images, in ``metrics.json`` and ``report.html``; returns what the former holds.
+
+    Raises:
+        LdmError: one folder is not given, or there are no feature weights.
+    """
+    for name in ("real", "synthetic"):
+        if config[name] is None:
+            raise LdmError(f"{name}=DIR is missing: real and synthetic are two folders of images.")
+    network = find_features(plain(config.features), "cuda" if torch.cuda.is_available() else "cpu")
+    if network is None:
+        raise LdmError(f"features.path={config.features.path}: without it two folders cannot be compared.")
+    folder, real, synthetic = Path(config.run_dir), Path(config.real), Path(config.synthetic)
+    distances = folder_distances(network, real, synthetic, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
+    _write_json(folder / "metrics.json", metrics)
+    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances))
     return metrics
 
 
