@@ -29,7 +29,7 @@ from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.instruments import Instrument, find_instrument
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.model.latent_diffusion import LatentDiffusionModel
-from ldm.model.output import image_paths, sample_name
+from ldm.model.output import image_paths, in_model_space, sample_name
 from ldm.precision import autocast
 from ldm.training import figures
 from ldm.training.panels import describe
@@ -65,7 +65,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     asked = [dict(rows[i]) for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
     draw(model, path, folder / "samples", asked, config, inputs)
-    samples = [in_model_space(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
+    samples = [read_sample(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
     rebuilt = reconstructions(model, real, value_range)
     metrics: dict[str, Any] = {
@@ -147,16 +147,11 @@ def held_out(
     return images, rows, records
 
 
-def in_model_space(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
+def read_sample(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
     """A written sample, all its files together, on the model's grid and in its range: ``(C, *S)``."""
     recipe = model.preprocessing
     array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
-    if recipe.spatial_dims == 2:
-        low, high = recipe.value_range or (0.0, 1.0)
-        array = array / 255 * (high - low) + low
-    else:
-        array = recipe.intensity.again(array)
-    return recipe.reference.forward(array, fill=recipe.intensity.background(array))  # (C, *S)
+    return in_model_space(recipe, array)  # (C, *S)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distanc
 from ldm.metrics.neighbours import precision_recall_density_coverage
 from ldm.model.file import package_versions
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.output import as_written
 from ldm.networks.autoencoder import AutoencoderKL
 from ldm.precision import autocast
 
@@ -53,7 +55,8 @@ def model_distances(
     """What ``metrics.json`` holds under ``distances`` for a model and the held-out images of its cohort.
 
     The reference are at most ``n_ref`` images of the training split. All sets have n images, the smaller of held-out
-    images and samples; sample i was asked as held-out image i, so the first n of both have the same covariates.
+    images and samples; sample i was asked as held-out image i, so the first n of both have the same covariates. Samples
+    were written to files and read again; all other images are shown to the network as if they had been.
 
     Args:
         network: see :mod:`ldm.evaluation.features`.
@@ -73,14 +76,15 @@ def model_distances(
         logger.warning("Distances need %d images of each kind; there are %d.", SMALLEST, min(n, len(chosen)))
         return None
     channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
-    reference = (train[position]["image"][channels].numpy() for position in chosen)
+    written = functools.partial(as_written, model.preprocessing)
+    reference = (written(train[position]["image"][channels].numpy()) for position in chosen)
     sets: dict[str, Iterable[np.ndarray]] = {
-        FLOOR: real[:n],
-        CONTROL: map(blurred, real[:n]),
-        RECONSTRUCTED: rebuilt[:n],
+        FLOOR: map(written, real[:n]),
+        CONTROL: (written(blurred(image)) for image in real[:n]),
+        RECONSTRUCTED: map(written, rebuilt[:n]),
     }
     if isinstance(model.first_stage, AutoencoderKL):
-        sets[PRIOR] = prior_images(model, n, seed)
+        sets[PRIOR] = map(written, prior_images(model, n, seed))
     sets[SAMPLES] = samples[:n]
     return compare(
         extract(network, reference),
@@ -91,6 +95,7 @@ def model_distances(
             "features": network.identity,
             "reference": {"images": "training split", "n": len(chosen), "of": len(train)},
             "available": {"held-out images": len(real), "samples": len(samples)},
+            "images": "as written to files and read again",
             "image_size": list(real[0].shape),
             "value_range": None if model.preprocessing.value_range is None else list(model.preprocessing.value_range),
         },

@@ -70,6 +70,7 @@ def evaluated(made, held_out=24, drawn=20, **options):
     datamodule = SimpleNamespace(
         dataset={"train": train}.get, preprocessing=SimpleNamespace(channels=("other", "a"))
     )  # the model generates the second channel only
+    made.preprocessing = replace(made.preprocessing, reference=RECIPE.reference)
     real = images(held_out, 2)
     return model_distances(Texture(), made, datamodule, real, real, images(drawn, 3, level=0.8), **options)
 
