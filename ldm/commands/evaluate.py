@@ -23,11 +23,14 @@ from ldm.data.images import read
 from ldm.data.schema import Covariate
 from ldm.errors import LdmError
 from ldm.evaluation.agreement import agreement, level_agreement
+from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.features import check_features, find_features
+from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.instruments import Instrument, find_instrument
-from ldm.evaluation.report import write_report
+from ldm.evaluation.report import write_folder_report, write_report
 from ldm.model.latent_diffusion import LatentDiffusionModel
-from ldm.model.output import image_paths, sample_name
+from ldm.model.output import image_paths, in_model_space, sample_name
 from ldm.precision import autocast
 from ldm.training import figures
 from ldm.training.panels import describe
@@ -39,22 +42,31 @@ SHOWN = 16
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds."""
+    """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds.
+
+    With ``real`` and ``synthetic``, two folders of images, no model is needed.
+    """
+    if config.real is not None or config.synthetic is not None:
+        return compare_folders(config)
     folder = Path(config.run_dir)
     model, path = load_model(config)
+    expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
     if datamodule.cohort.split_hash != model.header["split_sha256"]:
         raise LdmError(
             f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
             "could be among the held-out ones. Use the same data settings as for training."
         )
+    network = find_features(plain(config.features), model.device)
+    if network is not None:
+        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
     real, rows, records = held_out(datamodule, model.preprocessing.channels)
     repeated = min(config.repeats, len(rows))
     numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
     asked = [dict(rows[i]) for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
     draw(model, path, folder / "samples", asked, config, inputs)
-    samples = [in_model_space(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
+    samples = [read_sample(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
     rebuilt = reconstructions(model, real, value_range)
     metrics: dict[str, Any] = {
@@ -69,10 +81,49 @@ def run(config: DictConfig) -> dict[str, Any]:
     instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
+    if network is not None:
+        drawn = samples[: config.n]  # the others repeat covariates
+        distances = model_distances(network, model, datamodule, real, rebuilt, drawn, config.n_ref, config.seed)
+        metrics |= {} if distances is None else {"distances": distances}
     pictures(model, real, rows, samples, asked, folder / "figures", value_range)
     _write_json(folder / "metrics.json", metrics)
     report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
     logger.info("Report: %s", report)
+    return metrics
+
+
+def expect_a_split(model: LatentDiffusionModel, path: Path) -> None:
+    """Refuse a model whose training subjects are not known.
+
+    Raises:
+        LdmError: it was imported.
+    """
+    if model.header["split_sha256"] is None:
+        raise LdmError(
+            f"{path} was imported (ldm import-weights) and has no split: whom it was trained on is not known, so no "
+            f"subject can be called held out. Draw from it (ldm sample model={path} ...) and compare the folder with "
+            "images that it has not seen: ldm evaluate real=DIR synthetic=DIR."
+        )
+
+
+def compare_folders(config: DictConfig) -> dict[str, Any]:
+    """Distances of two folders of images, in ``metrics.json`` and ``report.html``; returns what the former holds.
+
+    Raises:
+        LdmError: one folder is not given, or there are no feature weights.
+    """
+    for name in ("real", "synthetic"):
+        if config[name] is None:
+            raise LdmError(f"{name}=DIR is missing: real and synthetic are two folders of images.")
+    network = find_features(plain(config.features), "cuda" if torch.cuda.is_available() else "cpu")
+    if network is None:
+        raise LdmError(f"features.path={config.features.path}: without it two folders cannot be compared.")
+    folder, real, synthetic = Path(config.run_dir), Path(config.real), Path(config.synthetic)
+    distances = folder_distances(network, real, synthetic, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
+    _write_json(folder / "metrics.json", metrics)
+    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances))
     return metrics
 
 
@@ -97,16 +148,11 @@ def held_out(
     return images, rows, records
 
 
-def in_model_space(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
+def read_sample(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
     """A written sample, all its files together, on the model's grid and in its range: ``(C, *S)``."""
     recipe = model.preprocessing
     array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
-    if recipe.spatial_dims == 2:
-        low, high = recipe.value_range or (0.0, 1.0)
-        array = array / 255 * (high - low) + low
-    else:
-        array = recipe.intensity.again(array)
-    return recipe.reference.forward(array, fill=recipe.intensity.background(array))  # (C, *S)
+    return in_model_space(recipe, array)  # (C, *S)
 
 
 @torch.no_grad()

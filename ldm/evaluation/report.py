@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
@@ -34,10 +34,6 @@ def write_report(
         figures: folder with the pictures of this evaluation.
         curves: title -> picture, of the trainings.
     """
-    environment = Environment(
-        loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"figures": three_figures, "percent": percent}
     values, levels = (
         {name: entry for name, entry in metrics.get("fidelity", {}).items() if entry["kind"] == kind}
         for kind in ("continuous", "categorical")
@@ -45,11 +41,12 @@ def write_report(
     scatter = {
         name: [_embed(figures / f"measured_{kind}_{name}.png") for kind in ("real", "samples")] for name in values
     }
-    html = environment.get_template("report.html").render(
+    page = _template("report.html").render(
         cohort=metrics["cohort"],
         simulated=metrics["simulated"],
         metrics=metrics,
         verdict=verdict(metrics),
+        distances=metrics.get("distances"),
         mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
         values=values,
         levels=levels,
@@ -64,8 +61,33 @@ def write_report(
             "sha256": metrics["model_sha256"][:16],
         },
     )
+    return _write(path, page)
+
+
+def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapping[str, Any]) -> Path:
+    """Write the page that compares two folders of images.
+
+    Args:
+        path: ``report.html``.
+        real, synthetic: the folders.
+        distances: see :func:`ldm.evaluation.distances.compare`.
+    """
+    lines = distances_in_words(distances)
+    page = _template("folders.html").render(real=real, synthetic=synthetic, verdict=lines, distances=distances)
+    return _write(path, page)
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"figures": three_figures, "percent": percent}
+    return environment.get_template(name)
+
+
+def _write(path: Path, page: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html)
+    temporary.write_text(page)
     os.replace(temporary, path)
     return path
 
@@ -88,6 +110,24 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             f"Two held-out subjects with like covariates have an MS-SSIM of {real:.3f}; after reconstruction by the "
             f"first stage, which takes noise and fine detail away, {rebuilt:.3f}; two samples asked with their "
             f"covariates {drawn:.3f}. Higher is more alike."
+        )
+    return lines + (distances_in_words(metrics["distances"]) if "distances" in metrics else [])
+
+
+def distances_in_words(distances: Mapping[str, Any]) -> list[str]:
+    """How far the last row's images, those that were generated, are from the reference, and whether it can be told."""
+    rows, floor, control = (distances[name] for name in ("rows", "floor", "control"))
+    *_, generated = rows
+    lines = [
+        f"Distance from {distances['protocol']['reference']['n']} images of the "
+        f"{distances['protocol']['reference']['images']} (Fréchet, {distances['protocol']['n']} images each): "
+        f"{generated} {rows[generated]['frechet']:.3g}; {floor} {rows[floor]['frechet']:.3g}; "
+        f"{control} {rows[control]['frechet']:.3g}."
+    ]
+    if not distances["control_is_worse"]:
+        lines.append(
+            f"With these features and this number of images the Fréchet distance does not tell {control} from others: "
+            "it says nothing about the generated images either."
         )
     return lines
 

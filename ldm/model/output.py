@@ -12,9 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
 from ldm.data import images
+from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.model.file import package_versions
 from ldm.model.inputs import Inputs
@@ -110,6 +112,31 @@ def write_image(model: LatentDiffusionModel, image: np.ndarray, paths: Sequence[
     """Write an image ``(C, *S)`` in the cohort's space, its channels shared out to the files, each atomically."""
     for path, channels in zip(paths, np.split(image, len(paths)), strict=True):
         images.write(path, model.preprocessing.restore(channels))
+
+
+def in_model_space(preprocessing: Preprocessing, array: np.ndarray) -> np.ndarray:
+    """What the files of a sample hold, on the model's grid and in its range.
+
+    Args:
+        preprocessing: the model's.
+        array: ``(C, *file)``, all channels together.
+
+    Returns:
+        ``(C, *S)``.
+    """
+    if preprocessing.spatial_dims == 2:
+        low, high = preprocessing.value_range or (0.0, 1.0)
+        array = array / 255 * (high - low) + low
+    else:
+        array = preprocessing.intensity.again(array)
+    return preprocessing.reference.forward(array, fill=preprocessing.intensity.background(array))  # (C, *S)
+
+
+def as_written(preprocessing: Preprocessing, image: np.ndarray) -> np.ndarray:
+    """An image ``(C, *S)`` as it would come back from its files: pictures have 8 bits, and a grid may be resampled."""
+    channels = [preprocessing.restore(channel[None]) for channel in image]
+    arrays = [np.asarray(one.dataobj if isinstance(one, nib.Nifti1Image) else one, np.float32) for one in channels]
+    return in_model_space(preprocessing, np.stack(arrays))
 
 
 def write_table(

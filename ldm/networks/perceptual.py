@@ -15,15 +15,67 @@ from ldm.errors import LdmError, nearest
 BACKBONES = ("resnet10", "resnet18", "resnet34", "resnet50")
 
 
-class PerceptualLoss(nn.Module):
-    """Mean squared distance of channel-normalised features over a MONAI ResNet's levels (Zhang et al. 2018, eq. 1).
+def load_resnet(
+    spatial_dims: int, weights: str | Path, backbone: str, weights_key: str, backbone_key: str, otherwise: str
+) -> nn.Module:
+    """A MONAI ResNet for one-channel images with the weights of a local file, frozen; nothing is downloaded.
 
-    The published MedicalNet weights (3-D, one channel) fit these networks. Nothing is downloaded.
+    The published MedicalNet weights (3-D) fit these networks.
 
     Args:
         spatial_dims: 2 or 3.
-        weights: a local ``.safetensors`` file, or a ``.pth`` file that ``weights_only`` loading accepts.
+        weights: a ``.safetensors`` file, or a ``.pth`` file that ``weights_only`` loading accepts.
         backbone: one of resnet10, resnet18, resnet34, resnet50.
+        weights_key, backbone_key: settings that errors name.
+        otherwise: how to do without weights.
+
+    Raises:
+        LdmError: no such file, or its tensors do not fit the backbone.
+    """
+    if backbone not in BACKBONES:
+        raise LdmError(
+            f"{backbone_key} '{backbone}' is unknown; legal: {', '.join(BACKBONES)}.{nearest(backbone, BACKBONES)}"
+        )
+    path = Path(weights)
+    if not path.is_file():
+        raise LdmError(
+            f"{weights_key}: there is no file {path}. Give the weights of a {backbone} as a local file, or {otherwise}."
+        )
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = tensors.get("state_dict", tensors)
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    shortcut = "A" if backbone in ("resnet18", "resnet34") else "B"  # MedicalNet's choice
+    net = getattr(nets, backbone)(
+        spatial_dims=spatial_dims, n_input_channels=1, shortcut_type=shortcut, bias_downsample=shortcut == "A"
+    )
+    wanted = {name for name in net.state_dict() if not name.startswith("fc.")}
+    missing = sorted(wanted - tensors.keys())
+    if missing:
+        raise LdmError(f"{path} does not hold a {spatial_dims}-D {backbone}: {missing[0]} and others are missing.")
+    net.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+    return net.requires_grad_(False).eval()
+
+
+def levels(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Features of every level of ``load_resnet``'s network, of images ``(B, 1, *S)`` standardised per image."""
+    axes = tuple(range(1, x.ndim))
+    x = (x - x.mean(axes, keepdim=True)) / (x.std(axes, keepdim=True) + 1e-6)
+    x = net.maxpool(net.act(net.bn1(net.conv1(x))))
+    features = []
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = layer(x)
+        features.append(x)
+    return features
+
+
+class PerceptualLoss(nn.Module):
+    """Mean squared distance of channel-normalised features over a MONAI ResNet's levels (Zhang et al. 2018, eq. 1).
+
+    Args:
+        spatial_dims, weights, backbone: see :func:`load_resnet`.
 
     Raises:
         LdmError: no such file, or its tensors do not fit the backbone.
@@ -31,36 +83,8 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, spatial_dims: int, weights: str, backbone: str = "resnet10") -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise LdmError(
-                f"vae.loss.perceptual_backbone '{backbone}' is unknown; legal: {', '.join(BACKBONES)}."
-                f"{nearest(backbone, BACKBONES)}"
-            )
-        path = Path(weights)
-        if not path.is_file():
-            raise LdmError(
-                f"vae.loss.perceptual_weights: there is no file {path}. Give the weights of a {backbone} as a local "
-                "file, or set vae.loss.perceptual_weight=0."
-            )
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = tensors.get("state_dict", tensors)
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        shortcut = "A" if backbone in ("resnet18", "resnet34") else "B"  # MedicalNet's choice
-        self.net = getattr(nets, backbone)(
-            spatial_dims=spatial_dims,
-            n_input_channels=1,
-            shortcut_type=shortcut,
-            bias_downsample=shortcut == "A",
-        )
-        wanted = {name for name in self.net.state_dict() if not name.startswith("fc.")}
-        missing = sorted(wanted - tensors.keys())
-        if missing:
-            raise LdmError(f"{path} does not hold a {spatial_dims}-D {backbone}: {missing[0]} and others are missing.")
-        self.net.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
-        self.requires_grad_(False).eval()
+        keys = ("vae.loss.perceptual_weights", "vae.loss.perceptual_backbone")
+        self.net = load_resnet(spatial_dims, weights, backbone, *keys, otherwise="set vae.loss.perceptual_weight=0")
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """Frozen: always in eval mode."""
@@ -68,14 +92,7 @@ class PerceptualLoss(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Unit-length features of every level of images ``(B, 1, *S)`` standardised per image."""
-        axes = tuple(range(1, x.ndim))
-        x = (x - x.mean(axes, keepdim=True)) / (x.std(axes, keepdim=True) + 1e-6)
-        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(x))))
-        levels = []
-        for layer in (self.net.layer1, self.net.layer2, self.net.layer3, self.net.layer4):
-            x = layer(x)
-            levels.append(F.normalize(x, dim=1))
-        return levels
+        return [F.normalize(level, dim=1) for level in levels(self.net, x)]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of two batches ``(B, C, *S)``; channels are compared one by one."""

@@ -6,11 +6,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands.evaluate import in_model_space
+from ldm.commands.evaluate import read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
-from ldm.model.output import image_paths, write_image
+from ldm.model.output import as_written, image_paths, write_image
 
 RGB = tuple(f"photo_{colour}" for colour in ("red", "green", "blue"))
 LAS = np.diag([-2.0, 1.5, 3.0, 1.0])
@@ -28,7 +28,7 @@ def test_a_written_sample_comes_back_with_all_channels_in_the_models_range(tmp_p
     image[:, 1:7, 1:8] = np.random.default_rng(0).uniform(*recipe.range, (2, 6, 7, 8))
     paths = image_paths(model, tmp_path, "sub-000001")
     write_image(model, image, paths)
-    np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)
+    np.testing.assert_allclose(read_sample(model, paths), image, atol=1e-5)
 
 
 @pytest.mark.parametrize(("channels", "files"), [(RGB, 1), (("T1", "T2", "FLAIR"), 3)], ids=["RGB", "three channels"])
@@ -43,4 +43,23 @@ def test_a_written_picture_comes_back_with_all_channels(tmp_path, channels, file
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert len(paths) == files
     assert {PIL.Image.open(path).mode for path in paths} == {"RGB" if files == 1 else "L"}
-    np.testing.assert_allclose(in_model_space(model, paths), image, atol=1e-5)
+    np.testing.assert_allclose(read_sample(model, paths), image, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_path, spatial_dims):
+    if spatial_dims == 2:
+        reference, size = Geometry.plan((6, 7), shape=(8, 8)), (8, 8)
+    else:  # files of half the model's spacing, so that writing interpolates
+        reference, size = Geometry.plan((12, 14, 16), LAS, "RAS", (4.0, 3.0, 6.0), (8, 8, 8)), (8, 8, 8)
+    recipe = IntensityRecipe("window", -1000.0, 400.0, (-1.0, 1.0))
+    preprocessing = Preprocessing(
+        spatial_dims, shape=size, intensity=recipe, channels=("T1", "T2"), reference=reference
+    )
+    model = SimpleNamespace(preprocessing=preprocessing)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, *size)).astype(np.float32)
+    paths = image_paths(model, tmp_path, "sub-000001")
+    write_image(model, image, paths)
+    written = as_written(preprocessing, image)
+    np.testing.assert_allclose(read_sample(model, paths), written, atol=1e-5)
+    assert np.abs(written - image).max() > 1e-3  # something was lost

@@ -202,3 +202,35 @@ def test_another_preparation_is_refused(trained, ldm):
     assert code
     assert "prepared otherwise" in text
     assert "intensity" in text
+
+
+def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, tmp_path, monkeypatch):
+    class Pooled:
+        preprocessing = None
+        identity = {  # noqa: RUF012
+            "name": "pooled",
+            "sha256": "0" * 64,
+            "kind": "fake",
+            "spatial_dims": 3,
+            "trained_on": "nothing",
+        }
+
+        def __call__(self, images):
+            return torch.nn.functional.adaptive_avg_pool3d(images, 2).flatten(1)
+
+    _, common = trained
+    request = ("evaluate", *common, "n=4", "repeats=0", "steps=1", "run_dir=evaluation")
+    code, text = ldm(*request)
+    assert not code, text
+    assert "distances are left out" in text
+    assert "distances" not in json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda config, device: Pooled())
+    monkeypatch.setattr("ldm.evaluation.distances.SMALLEST", 4)
+    code, text = ldm(*request)
+    assert not code, text
+    distances = json.loads((tmp_path / "evaluation/metrics.json").read_text())["distances"]
+    assert distances["protocol"]["n"] == 4
+    assert len(distances["rows"]) == 5
+    page = (tmp_path / "evaluation/report.html").read_text()
+    assert "samples of the diffusion model</td>" in page
+    assert "training split" in page

@@ -263,3 +263,12 @@ def test_old_names_are_those_that_monai_reads(attention):
 def test_the_manifest_is_what_monai_builds_today():
     committed = json.loads((Path(__file__).parent / "brain_160_manifest.json").read_text())
     assert committed == manifest()
+
+
+def test_an_imported_model_is_not_evaluated_on_subjects_it_may_have_seen(ldm, files):
+    code, text = run_import(ldm, files)
+    assert not code, text
+    code, text = ldm("evaluate", *SMALL, "model=model.safetensors")
+    assert code
+    assert "was imported" in text
+    assert "ldm evaluate real=DIR synthetic=DIR" in text

@@ -1,0 +1,214 @@
+"""Distances between distributions of images in the features of a network, with everything they depend on.
+
+A Fréchet distance or a KID alone says nothing: it depends on the features, the number of images, the reference, the
+intensities and the size. So every set is measured at the same n against the same reference, beside two yardsticks, real
+images that nothing was trained on (the floor) and the same blurred (the control), and the protocol stands beside the
+numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from ldm.data.datamodule import CohortDataModule
+from ldm.diffusion import noise
+from ldm.evaluation.features import FeatureNetwork, extract
+from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_interval
+from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd
+from ldm.metrics.neighbours import precision_recall_density_coverage
+from ldm.model.file import package_versions
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.output import as_written
+from ldm.networks.autoencoder import AutoencoderKL
+from ldm.precision import autocast
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = 8  # images that each set has to have
+NEIGHBOURS = 5
+BLUR = 1.0  # voxels, standard deviation
+
+FLOOR = "held-out images"
+CONTROL = "held-out images, blurred"
+RECONSTRUCTED = "held-out images, reconstructed"
+PRIOR = "first stage alone: decoded draws of N(0, I)"
+SAMPLES = "samples of the diffusion model"
+
+
+def model_distances(
+    network: FeatureNetwork,
+    model: LatentDiffusionModel,
+    datamodule: CohortDataModule,
+    real: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    n_ref: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """What ``metrics.json`` holds under ``distances`` for a model and the held-out images of its cohort.
+
+    The reference are at most ``n_ref`` images of the training split. All sets have n images, the smaller of held-out
+    images and samples; sample i was asked as held-out image i, so the first n of both have the same covariates. Samples
+    were written to files and read again; all other images are shown to the network as if they had been.
+
+    Args:
+        network: see :mod:`ldm.evaluation.features`.
+        model: what is evaluated.
+        datamodule: its cohort.
+        real, rebuilt: held-out images and their reconstructions, each ``(C, *S)``.
+        samples: asked with the covariates of ``real`` in turn.
+        n_ref: size of the reference.
+        seed: of the reference, the draws and the resamples.
+
+    Returns:
+        None, with a warning, when there are too few images.
+    """
+    n, train = min(len(real), len(samples)), datamodule.dataset("train")
+    chosen = np.random.default_rng(seed).permutation(len(train))[:n_ref]
+    if min(n, len(chosen)) < SMALLEST:
+        logger.warning("Distances need %d images of each kind; there are %d.", SMALLEST, min(n, len(chosen)))
+        return None
+    channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
+    written = functools.partial(as_written, model.preprocessing)
+    reference = (written(train[position]["image"][channels].numpy()) for position in chosen)
+    sets: dict[str, Iterable[np.ndarray]] = {
+        FLOOR: map(written, real[:n]),
+        CONTROL: (written(blurred(image)) for image in real[:n]),
+        RECONSTRUCTED: map(written, rebuilt[:n]),
+    }
+    if isinstance(model.first_stage, AutoencoderKL):
+        sets[PRIOR] = map(written, prior_images(model, n, seed))
+    sets[SAMPLES] = samples[:n]
+    return compare(
+        extract(network, reference),
+        {name: extract(network, images) for name, images in sets.items()},
+        FLOOR,
+        CONTROL,
+        {
+            "features": network.identity,
+            "reference": {"images": "training split", "n": len(chosen), "of": len(train)},
+            "available": {"held-out images": len(real), "samples": len(samples)},
+            "images": "as written to files and read again",
+            "image_size": list(real[0].shape),
+            "value_range": None if model.preprocessing.value_range is None else list(model.preprocessing.value_range),
+        },
+        seed,
+    )
+
+
+def compare(
+    reference: np.ndarray,
+    sets: Mapping[str, np.ndarray],
+    floor: str,
+    control: str,
+    protocol: Mapping[str, Any],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Distances of every set from the reference.
+
+    Args:
+        reference: features ``(R, F)``.
+        sets: name -> features ``(N, F)``; of each the first n, the smallest N.
+        floor: the set of real images, whose Fréchet distance is the unit of ``frechet_ratio``.
+        control: the set of worse images.
+        protocol: what is known beside the features.
+        seed: of the resamples.
+
+    Returns:
+        ``rows``: name -> numbers; ``floor``, ``control``: which rows these are; ``control_is_worse``: whether the
+        Fréchet distance sees what is wrong with the control, without which it says nothing; ``protocol``.
+
+    Raises:
+        LdmError: a set has fewer than 3 images, or features are not finite or all alike.
+    """
+    n = min(len(reference), *(len(features) for features in sets.values()))
+    axes, reduction = principal_directions(reference, n)
+    bandwidth = median_distance(reference)
+    rows = {name: _row(reference, features[:n], axes, bandwidth, seed) for name, features in sets.items()}
+    unit = rows[floor]["frechet"]
+    for row in rows.values():
+        row["frechet_ratio"] = row["frechet"] / unit if unit > 0 else None
+    return {
+        "rows": rows,
+        "floor": floor,
+        "control": control,
+        "control_is_worse": rows[control]["frechet"] > unit,
+        "protocol": {
+            **protocol,
+            "n": n,
+            "frechet": reduction,
+            "frechet_interval": "95 %, 200 bootstrap resamples of both sets, centred on the distance",
+            "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval of the jackknife over both sets",
+            "mmd": {"kernel": "Gaussian, unbiased", "bandwidth": bandwidth},
+            "neighbours": {"k": min(NEIGHBOURS, n - 1), "reference_images": n},
+            "blur": f"Gaussian, standard deviation {BLUR:g} voxel",
+            "seed": seed,
+            "versions": package_versions(),
+        },
+    }
+
+
+def _row(reference: np.ndarray, features: np.ndarray, axes: np.ndarray, bandwidth: float, seed: int) -> dict[str, Any]:
+    n = len(features)
+    ours, theirs = features @ axes, reference @ axes  # (N, D), (R, D)
+    extrapolates = n >= SMALLEST and n > 2 * axes.shape[1]
+    return {
+        "n": n,
+        "frechet": frechet_distance(ours, theirs),
+        "frechet_interval": list(frechet_interval(ours, theirs, seed=seed)),
+        "frechet_infinity": frechet_infinity(ours, theirs, seed=seed) if extrapolates else None,
+        "kid": kernel_distance(features, reference),
+        "kid_interval": list(kernel_interval(features, reference)),
+        "mmd": mmd(features, reference, bandwidth),
+        # As many reference images as there are others: what a ball holds depends on how dense its set is.
+        **precision_recall_density_coverage(reference[:n], features, min(NEIGHBOURS, n - 1)),
+    }
+
+
+def principal_directions(reference: np.ndarray, n: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Directions in which the Fréchet distance of n images is taken, and what is said of them.
+
+    With fewer than 2 F images most of a covariance of F features is noise. Then n / 10 directions, at least 2, are
+    kept: those in which the features of the reference vary most.
+
+    Args:
+        reference: features ``(R, F)``.
+        n: images of each set.
+
+    Returns:
+        ``(F, D)`` orthonormal columns, and a description.
+    """
+    size = reference.shape[1]
+    if n >= 2 * size:
+        return np.eye(size), {"directions": size, "of": size, "rule": "all features, as n >= 2 F"}
+    kept = min(max(2, n // 10), size)
+    centred = reference - reference.mean(0)  # (R, F)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    return directions[:kept].T, {
+        "directions": kept,
+        "of": size,
+        "rule": "as n < 2 F, the first max(2, n / 10) principal directions of the reference's features",
+        "explained_variance": float(np.square(spread[:kept]).sum() / np.square(spread).sum()),
+    }
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """An image ``(C, *S)`` that lost fine detail: what every distance should see."""
+    return gaussian_filter(image, [0, *[BLUR] * (image.ndim - 1)])
+
+
+@torch.no_grad()
+def prior_images(model: LatentDiffusionModel, n: int, seed: int) -> Iterable[np.ndarray]:
+    """What the first stage generates without the diffusion model: ``(C, *S)`` decoded from raw latents of N(0, I)."""
+    for index in range(n):
+        z = noise.draw([noise.step_generator(seed, 0, index)], model.latent_shape).to(model.device)  # (1, C, *S)
+        with autocast(model.device):
+            image = model.decode(model.latent_space.to_scaled(z))  # (1, C, *S)
+        yield image[0].float().cpu().numpy()
