@@ -17,6 +17,7 @@ from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.conditioning.base import COVARIATES
 from ldm.conditioning.build import complete, with_defaults
+from ldm.conditioning.pretrained import load_encoder
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
@@ -73,6 +74,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "denoiser": model.header["denoiser"],
             "condition": model.header["condition"],
             **({"conditioners": ldm["conditioners"]} if conditioners else {}),
+            **({"text_encoder_sha256": encoder["sha256"]} if (encoder := text_encoder(conditioners)) else {}),
             "schedule": model.header["schedule"],
             "prediction_type": model.prediction_type,
             "learned_variance": model.learned_variance,
@@ -273,15 +275,23 @@ def build_model(
     )
     if COVARIATES in model.network.conditioners:
         model.network.conditioners[COVARIATES].fit(torch.from_numpy(train.covariates))
+    if text_encoder(conditioners):
+        folder, where = ldm["conditioners"]["text"]["encoder"], "ldm.conditioners.text.encoder"
+        load_encoder(model.network.conditioners["text"].encoder, folder, where)
     if "text" in model.network.conditioners:
         expect_short_captions(model, train)
     logger.info(
-        "Denoiser: %.1f M parameters on latents of %s; condition: %s.",
-        sum(p.numel() for p in model.network.parameters()) / 1e6,
+        "Denoiser: %.1f M parameters to train on latents of %s; condition: %s.",
+        sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6,
         "x".join(map(str, train.latent_shape)),
         model.condition_in_words(),
     )
     return model
+
+
+def text_encoder(conditioners: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The encoder of texts that comes with weights; None if there is none."""
+    return conditioners.get("text", {}).get("encoder")
 
 
 def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) -> None:

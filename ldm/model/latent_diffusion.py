@@ -30,9 +30,9 @@ from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
 from ldm.model.editing import Editing
 from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
-from ldm.model.first_stage import freeze
 from ldm.model.inputs import Inputs, as_lists, check_inputs, encode_condition, input_names
 from ldm.model.network import ConditionalDenoiser, with_new_names
+from ldm.networks.frozen import freeze
 from ldm.precision import autocast
 
 logger = logging.getLogger(__name__)

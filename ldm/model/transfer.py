@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 CONV_IN = "denoiser.unet.conv_in.conv.weight"
 TOKENS, MERGE = "conditioners.covariates.tokens.", "conditioners.covariates.merge.0.weight"
-WORDS = "conditioners.text.embed.weight"
+WORDS = "conditioners.text.encoder.embed.weight"
 
 
 def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
@@ -126,7 +126,7 @@ def map_planes(
 
 def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: LatentDiffusionModel) -> None:
     """Put the embedding of every word that both vocabularies have at its number in ``model``; others start anew."""
-    if "text" not in model.network.conditioners or "text" not in other.network.conditioners:
+    if WORDS not in model.network.state_dict() or WORDS not in mapped:
         return
     numbers = {word: number for number, word in enumerate(other.header["conditioners"]["text"]["vocabulary"])}
     table, theirs = model.network.state_dict()[WORDS].clone(), mapped[WORDS]

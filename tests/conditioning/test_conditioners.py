@@ -99,11 +99,11 @@ def test_padding_is_not_attended_to():
     text = net.conditioners["text"]
     with torch.no_grad():
         reference = net(x, t, base)
-        text.embed.weight[text.padding] += 10
-        text.positions[int((base["text"] != text.padding).sum()) :] += 10
+        text.encoder.embed.weight[text.padding] += 10
+        text.encoder.positions.weight[int((base["text"] != text.padding).sum()) :] += 10
         torch.testing.assert_close(net(x, t, base), reference)
     net(x, t, base).square().sum().backward()
-    gradient = text.embed.weight.grad
+    gradient = text.encoder.embed.weight.grad
     assert torch.isfinite(gradient).all()
     assert not gradient[text.padding].any()
     assert gradient[base["text"][0, 1]].any()
