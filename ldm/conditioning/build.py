@@ -29,7 +29,7 @@ from ldm.errors import LdmError, nearest
 
 #: kind -> its settings and their defaults
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mask": {"drop_rate": 0.1},
+    "mask": {"mode": "concat", "drop_rate": 0.1},
     "image": {"channels": None, "drop_rate": 0.1},
     "text": {
         "caption": None,
@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: of text: what an encoder that comes with weights has already
 TRAINED_ONLY = ("vocabulary", "num_layers", "num_heads", "num_head_channels")
+MASK_MODES = ("concat", "spade")
 WHERE = "ldm.conditioners"
 
 
@@ -66,16 +67,36 @@ def with_defaults(config: Mapping[str, Mapping[str, Any] | None] | None) -> dict
                 )
         settings[kind] = {**legal, **(given or {})}
         check_rate(f"{WHERE}.{kind}.drop_rate", settings[kind]["drop_rate"])
-    if "image" in settings and not settings["image"]["channels"]:
-        raise LdmError(f"{WHERE}.image.channels: name the channels of data.image that are given, e.g. [T2].")
-    if "text" in settings and not settings["text"]["caption"]:
-        raise LdmError(f"{WHERE}.text.caption: say how a row is told, e.g. 'a {{age:.0f}}-year-old {{sex:woman|man}}'.")
-    if "text" in settings and settings["text"]["encoder"] is not None:
-        require_files(settings["text"]["encoder"], f"{WHERE}.text.encoder")
-        clash = [name for name in TRAINED_ONLY if config["text"].get(name) is not None]
-        if clash:
-            raise LdmError(f"{WHERE}.text.{clash[0]}: the encoder of {WHERE}.text.encoder has its own; leave it out.")
+    checks = {"mask": _check_mask, "image": _check_image, "text": _check_text}
+    for kind, one in settings.items():
+        checks[kind](one)
     return settings
+
+
+def _check_mask(mask: Mapping[str, Any]) -> None:
+    if mask["mode"] not in MASK_MODES:
+        raise LdmError(
+            f"{WHERE}.mask.mode is '{mask['mode']}'; legal: {', '.join(MASK_MODES)}. A control is asked for by "
+            "ldm.control.model."
+        )
+
+
+def _check_image(image: Mapping[str, Any]) -> None:
+    if not image["channels"]:
+        raise LdmError(f"{WHERE}.image.channels: name the channels of data.image that are given, e.g. [T2].")
+
+
+def _check_text(text: Mapping[str, Any]) -> None:
+    where = f"{WHERE}.text"
+    if not text["caption"]:
+        raise LdmError(f"{where}.caption: say how a row is told, e.g. 'a {{age:.0f}}-year-old {{sex:woman|man}}'.")
+    if text["encoder"] is not None:
+        require_files(text["encoder"], f"{where}.encoder")
+        clash = [name for name in TRAINED_ONLY if text[name] != SETTINGS["text"][name]]
+        if clash:
+            raise LdmError(f"{where}.{clash[0]}: the encoder of {where}.encoder has its own; leave it out.")
+    elif text["vocabulary"] is not None:
+        read_vocabulary(text["vocabulary"])
 
 
 def complete(
@@ -115,6 +136,14 @@ def complete(
     if "text" in settings:
         settings["text"] = _complete_text(settings["text"], schema)
     return settings
+
+
+def as_control(conditioners: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Conditioners of :func:`complete` as what controls a frozen model; they are never hidden in training.
+
+    Hiding would teach nothing: without its control a model is the frozen one.
+    """
+    return {kind: {**one, "mode": "control", "drop_rate": 0.0} for kind, one in conditioners.items()}
 
 
 def _complete_text(text: Mapping[str, Any], schema: CovariateSchema) -> dict[str, Any]:

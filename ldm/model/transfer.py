@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.conditioning.base import COVARIATES, Conditioners
+from ldm.conditioning.base import COVARIATES, Conditioner, Conditioners
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.file import load_matching
@@ -17,7 +17,7 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
 
-CONV_IN = "denoiser.unet.conv_in.conv.weight"
+CONV_IN, SPADE_IN = "denoiser.unet.conv_in.conv.weight", ".mlp_shared.conv.weight"
 TOKENS, MERGE = "conditioners.covariates.tokens.", "conditioners.covariates.merge.0.weight"
 WORDS = "conditioners.text.encoder.embed.weight"
 
@@ -107,7 +107,11 @@ def map_planes(
     columns = [(slice(0, shared), slice(0, shared))]
     starts, their_starts = _plane_starts(ours, before), _plane_starts(theirs, their_before)
     for name in ours:
-        if name not in theirs or not ours[name].plane_channels or not theirs[name].plane_channels:
+        way = _way_of_planes(ours[name])
+        if name not in theirs or way is None:
+            continue
+        if way != _way_of_planes(theirs[name]):
+            mapped.pop(f"conditioners.{name}.null", None)
             continue
         if name == COVARIATES:
             blocks = _plane_blocks(model.schema, other.schema, positions)
@@ -116,6 +120,11 @@ def map_planes(
             pairs = [(h, found[channel]) for h, channel in enumerate(ours[name].channels) if channel in found]
             blocks = [(slice(h, h + 1), slice(t, t + 1)) for h, t in pairs]
         _columns(mapped, own, f"conditioners.{name}.null", blocks, axis=0)
+        if way == "spade":
+            for key in own:
+                if key.endswith(SPADE_IN):
+                    _columns(mapped, own, key, blocks)
+            continue
         columns += [(_shift(h, starts[name]), _shift(t, their_starts[name])) for h, t in blocks]
         if name == COVARIATES and model.header["condition"]["mode"] == "hybrid":
             for key in own:
@@ -135,6 +144,13 @@ def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: Lat
             if word in numbers:
                 table[number] = theirs[numbers[word]]
     mapped[WORDS] = table
+
+
+def _way_of_planes(conditioner: Conditioner) -> str | None:
+    """Where the planes of a conditioner enter the denoiser; None for one without planes of its own."""
+    if conditioner.plane_channels:
+        return "input"
+    return "spade" if conditioner.spade_channels else None
 
 
 def _plane_starts(conditioners: Conditioners, start: int) -> dict[str, int]:

@@ -1,19 +1,24 @@
 """The second-stage network: MONAI's ``DiffusionModelUNet`` behind one call.
 
-Conditions reach it in three ways, freely combined: ``planes`` are concatenated to the noisy latent,
-``context`` tokens are attended to, and an ``embedding`` joins the time embedding.
+Conditions reach it in four ways, freely combined: ``planes`` are concatenated to the noisy latent, ``context`` tokens
+are attended to, an ``embedding`` joins the time embedding, and ``spade`` planes modulate the decoder's normalisations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from monai.networks.blocks.crossattention import CrossAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+
+#: of a control: for every feature map that the encoder hands to the decoder, and for the middle
+Residuals = tuple[Sequence[Tensor], Tensor]
 
 
 class Denoiser(nn.Module):
@@ -27,7 +32,10 @@ class Denoiser(nn.Module):
         context_padding: whether a token of the context that is NaN is left out of the attention.
         embedding: whether a condition embedding of width ``4 * channels[0]`` is added to the time embedding.
         adaptive_norm: let the (time + condition) embedding scale and shift the second normalisation of every
-            residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it.
+            residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it; with SPADE, of those of
+            the encoder and the middle.
+        spade_channels: classes of a label map that scales and shifts the decoder's normalisations voxel by voxel
+            (Park et al. 2019), as in MONAI's ``SPADEDiffusionModelUNet``; 0 for none.
         position_frequencies: sine and cosine pairs per axis that tell every voxel of the latent where it stands, plus
             the coordinate itself; for cohorts in one space, such as registered brains. 0 for none.
         out_channels: output channels; None for ``latent_channels``.
@@ -47,6 +55,7 @@ class Denoiser(nn.Module):
         context_padding: bool = False,
         embedding: bool = False,
         adaptive_norm: bool = False,
+        spade_channels: int = 0,
         position_frequencies: int = 0,
         out_channels: int | None = None,
         channels: Sequence[int] = (64, 128, 192),
@@ -61,40 +70,46 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         position_channels = spatial_dims * (1 + 2 * position_frequencies) if position_frequencies else 0
+        self.encoder_arguments = {
+            "spatial_dims": spatial_dims,
+            "in_channels": latent_channels + position_channels + plane_channels,
+            "channels": tuple(channels),
+            "num_res_blocks": _tuple(num_res_blocks),
+            "attention_levels": tuple(attention_levels),
+            "num_head_channels": _tuple(num_head_channels),
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "resblock_updown": resblock_updown,
+            "transformer_num_layers": transformer_num_layers,
+            "with_conditioning": context_dim is not None,
+            "cross_attention_dim": context_dim,
+            "num_class_embeds": 1 if embedding else None,
+            "use_flash_attention": use_flash_attention,
+        }
+        self.spatial_dims, self.position_frequencies = spatial_dims, position_frequencies
+        self.adaptive_norm, self.context_padding = adaptive_norm, context_padding
+        kind, spade = (
+            (SPADEDiffusionModelUNet, {"label_nc": spade_channels}) if spade_channels else (DiffusionModelUNet, {})
+        )
         try:
-            unet = DiffusionModelUNet(
-                spatial_dims,
-                in_channels=latent_channels + position_channels + plane_channels,
-                out_channels=out_channels or latent_channels,
-                channels=tuple(channels),
-                num_res_blocks=_tuple(num_res_blocks),
-                attention_levels=tuple(attention_levels),
-                num_head_channels=_tuple(num_head_channels),
-                norm_num_groups=norm_num_groups,
-                norm_eps=norm_eps,
-                resblock_updown=resblock_updown,
-                transformer_num_layers=transformer_num_layers,
-                with_conditioning=context_dim is not None,
-                cross_attention_dim=context_dim,
-                num_class_embeds=1 if embedding else None,
-                use_flash_attention=use_flash_attention,
-            )
+            unet = kind(**self.encoder_arguments, **spade, out_channels=out_channels or latent_channels)
         except ValueError as error:
             raise LdmError(
                 f"ldm.network: {error} (channels {list(channels)}, attention_levels {list(attention_levels)}, "
                 f"num_head_channels {num_head_channels}, norm_num_groups {norm_num_groups})"
             ) from error
-        if embedding:  # MONAI adds class_embedding(class_labels) to the time embedding; ours comes ready-made
-            unet.class_embedding = nn.Identity()
-        if adaptive_norm:
-            _replace(unet, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
-        if context_padding:
-            _replace(unet, CrossAttentionBlock, PaddedAttention)
-        if spatial_dims == 3:
-            unet.to(memory_format=torch.channels_last_3d)
-        self.unet = unet
-        self.spatial_dims, self.position_frequencies = spatial_dims, position_frequencies
+        self.unet = self.adapted(unet)
         self.downsampling_factor = 2 ** (len(channels) - 1)
+
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """A network of MONAI's blocks, with ours where they differ; returns it."""
+        if self.encoder_arguments["num_class_embeds"]:
+            network.class_embedding = nn.Identity()  # MONAI's turns class_labels into what is added; ours is ready-made
+        if self.adaptive_norm:
+            _replace(network, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
+        if self.context_padding:
+            _replace(network, CrossAttentionBlock, PaddedAttention)
+        return network.to(memory_format=torch.channels_last_3d) if self.spatial_dims == 3 else network
 
     def forward(
         self,
@@ -103,6 +118,8 @@ class Denoiser(nn.Module):
         planes: Tensor | None = None,
         context: Tensor | None = None,
         embedding: Tensor | None = None,
+        spade: Tensor | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """Network output for a noisy latent.
 
@@ -112,10 +129,26 @@ class Denoiser(nn.Module):
             planes: ``(B, P)`` values, each spread over the whole latent, or ``(B, P, D, H, W)``.
             context: ``(B, tokens, context_dim)``; with ``context_padding`` tokens of NaN are no tokens.
             embedding: ``(B, 4 * channels[0])``.
+            spade: ``(B, spade_channels, D, H, W)``.
+            residuals: what a control adds to the features that go to the decoder.
 
         Returns:
             ``(B, out_channels, D, H, W)`` in float32.
         """
+        down, middle = residuals or (None, None)
+        conditions: dict[str, Any] = {"context": context, "class_labels": embedding}
+        if spade is not None:
+            conditions["seg"] = spade
+        return self.unet(
+            self.with_planes(x, planes),
+            t,
+            **conditions,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).float()
+
+    def with_planes(self, x: Tensor, planes: Tensor | None) -> Tensor:
+        """The noisy latent ``(B, C, D, H, W)`` with positions and planes behind it: what the first convolution sees."""
         if self.position_frequencies:
             where = positions(x.shape[2:], self.position_frequencies, x.device)  # (1, Q, D, H, W)
             x = torch.cat([x, where.to(x.dtype).expand(len(x), *where.shape[1:])], dim=1)  # (B, C + Q, D, H, W)
@@ -124,7 +157,7 @@ class Denoiser(nn.Module):
                 planes = planes.reshape(*planes.shape, *(1,) * self.spatial_dims)
             planes = planes.expand(-1, -1, *x.shape[2:])  # (B, P, D, H, W)
             x = torch.cat([x, planes.to(x.dtype)], dim=1)  # (B, C + Q + P, D, H, W)
-        return self.unet(x, t, context=context, class_labels=embedding).float()
+        return x
 
 
 def positions(size: Sequence[int], num_frequencies: int, device: torch.device) -> Tensor:
