@@ -13,10 +13,12 @@ from filelock import FileLock
 from omegaconf import DictConfig
 from rich.progress import track
 
+from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.conditioning.base import COVARIATES
-from ldm.conditioning.build import complete, with_defaults
+from ldm.conditioning.build import as_control, complete, with_defaults
+from ldm.conditioning.pretrained import load_encoder
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
@@ -42,17 +44,19 @@ def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
     check_trainer(plain(config.trainer))
+    frozen = frozen_model(config)
     check_diffusion(plain(config.ldm))
-    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
-    warn_of_quality(first_stage, config)
+    first_stage = load_first_stage(config) if frozen is None else first_stage_of(frozen)
     datamodule = prepared(cohort_datamodule(config))
-    conditioners = describe_conditioners(config, datamodule, first_stage)
+    conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
     same_preprocessing(first_stage, datamodule, conditioners)
     train, valid = (
         posterior_cache(config, datamodule, first_stage, split, conditioners) for split in ("train", "valid")
     )
+    if frozen is not None:
+        adopt(frozen, (train, valid), datamodule.schema)
     write_config(config, run_dir)
-    model = build_model(config, datamodule, first_stage, train, conditioners)
+    model = build_model(config, datamodule, first_stage, train, conditioners, frozen)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
@@ -69,17 +73,7 @@ def run(config: DictConfig) -> dict[str, float]:
         LatentDataModule(train, valid, datamodule.cohort, config.ldm.batch_size, config.seed),
         plain(config.trainer),
         run_dir,
-        {
-            "denoiser": model.header["denoiser"],
-            "condition": model.header["condition"],
-            **({"conditioners": ldm["conditioners"]} if conditioners else {}),
-            "schedule": model.header["schedule"],
-            "prediction_type": model.prediction_type,
-            "learned_variance": model.learned_variance,
-            "ema_decays": ldm["ema_decays"],
-            "first_stage_sha256": first_stage.sha256,
-            "split_sha256": datamodule.cohort.split_hash,
-        },
+        run_identity(model, ldm),
         save_model,
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
@@ -88,6 +82,25 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
+
+
+def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resume checkpoint has to agree with."""
+    header = model.header
+    encoder = header["conditioners"].get("text", {}).get("encoder")
+    return {
+        "denoiser": header["denoiser"],
+        "condition": header["condition"],
+        **({"conditioners": ldm["conditioners"]} if header["conditioners"] else {}),
+        **({"text_encoder_sha256": encoder["sha256"]} if encoder else {}),
+        **({"control": header["control"]} if "control" in header else {}),
+        "schedule": header["schedule"],
+        "prediction_type": model.prediction_type,
+        "learned_variance": model.learned_variance,
+        "ema_decays": ldm["ema_decays"],
+        "first_stage_sha256": header["first_stage_sha256"],
+        "split_sha256": header["split_sha256"],
+    }
 
 
 def save_averages(model: LatentDiffusionModel, ema: EMA, folder: Path) -> None:
@@ -111,8 +124,13 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
 
 
-def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
-    """Say so, with the number, when the first stage is below the configured quality."""
+def load_first_stage(config: DictConfig) -> FirstStage:
+    """The first stage of the cohort; says so, with the number, when it is below the configured quality.
+
+    Raises:
+        LdmError: it has not been trained.
+    """
+    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
     gate, psnr = config.vae.gate_psnr, first_stage.metrics.get("psnr")
     if psnr is None:
         logger.warning("The first stage %s has no recorded held-out PSNR.", config.first_stage)
@@ -123,12 +141,16 @@ def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
             psnr,
             gate,
         )
+    return first_stage
 
 
 def describe_conditioners(
-    config: DictConfig, datamodule: CohortDataModule, first_stage: FirstStage
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    first_stage: FirstStage,
+    frozen: LatentDiffusionModel | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """``ldm.conditioners`` with what the cohort adds, as it is stored with the model.
+    """``ldm.conditioners`` with what the cohort adds, as it is stored with the model; behind those of a frozen one.
 
     Raises:
         LdmError: a setting that is not legal or that the cohort does not allow.
@@ -148,7 +170,7 @@ def describe_conditioners(
     )
     if "image" in conditioners and cohort.channels != datamodule.preprocessing.channels:
         raise LdmError("ldm.conditioners.image needs a file for each channel in data.image, e.g. {T1: ..., T2: ...}.")
-    return conditioners
+    return conditioners if frozen is None else {**frozen.header.get("conditioners", {}), **as_control(conditioners)}
 
 
 def diffused_channels(datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> tuple[str, ...]:
@@ -240,8 +262,9 @@ def build_model(
     first_stage: FirstStage,
     train: PosteriorCache,
     conditioners: Mapping[str, Any],
+    frozen: LatentDiffusionModel | None = None,
 ) -> LatentDiffusionModel:
-    """An untrained model for this cohort, with its latent statistics fitted."""
+    """An untrained model for this cohort, with its latent statistics fitted; or an untrained control on ``frozen``."""
     ldm = plain(config.ldm)
     header: dict[str, Any] = {
         "cohort": datamodule.cohort.name,
@@ -261,27 +284,49 @@ def build_model(
         "metrics": {},
         "seed": config.seed,
     }
-    schema = datamodule.schema
+    preprocessing = replace(datamodule.preprocessing, channels=diffused_channels(datamodule, conditioners))
     torch.manual_seed(config.seed)
-    model = LatentDiffusionModel(
-        header,
-        train.fit_space(),
-        replace(datamodule.preprocessing, channels=diffused_channels(datamodule, conditioners)),
-        schema,
-        datamodule.cohort.distribution() if len(schema) else None,
-        first_stage.network,
-    )
-    if COVARIATES in model.network.conditioners:
-        model.network.conditioners[COVARIATES].fit(torch.from_numpy(train.covariates))
+    if frozen is None:
+        schema = datamodule.schema
+        distribution = datamodule.cohort.distribution() if len(schema) else None
+        model = LatentDiffusionModel(
+            header, train.fit_space(), preprocessing, schema, distribution, first_stage.network
+        )
+        fit_conditioners(model, train, ldm["conditioners"])
+    else:
+        model = LatentDiffusionModel(
+            {**header, **control_facts(frozen)},
+            frozen.latent_space,
+            preprocessing,
+            frozen.schema,
+            frozen.distribution,
+            first_stage.network,
+        )
+        model.network.start_control(frozen.network)
     if "text" in model.network.conditioners:
         expect_short_captions(model, train)
+    log_size(model)
+    return model
+
+
+def fit_conditioners(model: LatentDiffusionModel, train: PosteriorCache, asked: Mapping[str, Any]) -> None:
+    """What conditioners take from the training split, and from where they were trained."""
+    conditioners = model.network.conditioners
+    if COVARIATES in conditioners:
+        conditioners[COVARIATES].fit(torch.from_numpy(train.covariates))
+    folder = (asked.get("text") or {}).get("encoder")
+    if folder is not None:
+        load_encoder(conditioners["text"].encoder, folder, "ldm.conditioners.text.encoder")
+
+
+def log_size(model: LatentDiffusionModel) -> None:
+    """Say how much there is to train, on what."""
     logger.info(
-        "Denoiser: %.1f M parameters on latents of %s; condition: %s.",
-        sum(p.numel() for p in model.network.parameters()) / 1e6,
-        "x".join(map(str, train.latent_shape)),
+        "Denoiser: %.1f M parameters to train on latents of %s; condition: %s.",
+        sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6,
+        "x".join(map(str, model.latent_shape)),
         model.condition_in_words(),
     )
-    return model
 
 
 def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,26 +31,27 @@ class Conditioning:
         planes: ``(B, P)`` or ``(B, P, D, H, W)``, concatenated to the noisy latent.
         context: ``(B, tokens, context_dim)``, attended to; a token of NaN is padding.
         embedding: ``(B, E)``, added to the time embedding.
+        spade: ``(B, L, D, H, W)``, modulates the decoder's normalisations.
+        control: ``(B, P, D, H, W)``, the input of a control; a sample of NaN is not controlled.
     """
 
     planes: Tensor | None = None
     context: Tensor | None = None
     embedding: Tensor | None = None
-
-    def as_kwargs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of the denoiser."""
-        return {"planes": self.planes, "context": self.context, "embedding": self.embedding}
+    spade: Tensor | None = None
+    control: Tensor | None = None
 
 
 def merge(parts: Sequence[Conditioning]) -> Conditioning:
-    """Planes concatenate as channels, contexts as tokens, embeddings add."""
-    planes = _at_one_size([part.planes for part in parts if part.planes is not None])
-    contexts = [part.context for part in parts if part.context is not None]
-    embeddings = [part.embedding for part in parts if part.embedding is not None]
+    """Planes concatenate as channels, contexts as tokens, embeddings add; of the others there is at most one."""
+    found = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Conditioning)}
+    given = {name: [value for value in values if value is not None] for name, values in found.items()}
+    planes, contexts, embeddings = _at_one_size(given["planes"]), given["context"], given["embedding"]
     return Conditioning(
         torch.cat(planes, dim=1) if planes else None,  # (B, P) or (B, P, *S)
         torch.cat(contexts, dim=1) if contexts else None,  # (B, tokens, E)
         torch.stack(embeddings).sum(0) if embeddings else None,  # (B, E)
+        *(next(iter(given[name]), None) for name in ("spade", "control")),
     )
 
 
@@ -65,6 +66,9 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         plane_channels: channels that it adds to the denoiser's input.
+        spade_channels: classes that modulate the decoder's normalisations.
+        control_channels: channels of the input of a control.
+        learns_null: whether what stands in for "not given" is learned, so that hiding everything hides this too.
         context_dim: width of its tokens; None without.
         has_padding: whether some of its tokens may be padding.
         has_embedding: whether it adds to the time embedding.
@@ -72,6 +76,9 @@ class Conditioner(nn.Module, ABC):
     """
 
     plane_channels: int = 0
+    spade_channels: int = 0
+    control_channels: int = 0
+    learns_null: bool = True
     context_dim: int | None = None
     has_padding: bool = False
     has_embedding: bool = False
@@ -150,6 +157,16 @@ class Conditioners(nn.ModuleDict):
         return sum(one.plane_channels for one in self.values())
 
     @property
+    def spade_channels(self) -> int:
+        """Classes that modulate the decoder's normalisations."""
+        return sum(one.spade_channels for one in self.values())
+
+    @property
+    def control_channels(self) -> int:
+        """Channels of the input of a control; 0 without one."""
+        return sum(one.control_channels for one in self.values())
+
+    @property
     def has_padding(self) -> bool:
         """Whether some token may be padding."""
         return any(one.has_padding for one in self.values())
@@ -186,7 +203,9 @@ class Conditioners(nn.ModuleDict):
         dropped, start = dict(condition), 0
         for name, one in self.items():
             value = one.drop(condition[name], uniforms[:, start : start + one.num_uniforms])
-            dropped[name] = torch.where(every.view(-1, *(1,) * (value.ndim - 1)), one.blank(value), value)
+            if one.learns_null:
+                value = torch.where(every.view(-1, *(1,) * (value.ndim - 1)), one.blank(value), value)
+            dropped[name] = value
             start += one.num_uniforms
         return dropped
 

@@ -14,25 +14,38 @@ from ldm.conditioning.base import COVARIATES, Conditioner, Conditioners, check_r
 from ldm.conditioning.captions import Caption
 from ldm.conditioning.covariates import build_conditioner
 from ldm.conditioning.planes import ImageConditioner, MaskConditioner
-from ldm.conditioning.text import TextConditioner, own_vocabulary, read_vocabulary
+from ldm.conditioning.pretrained import describe_encoder, require_files
+from ldm.conditioning.text import (
+    TextConditioner,
+    WordPiece,
+    frozen_encoder,
+    own_vocabulary,
+    read_vocabulary,
+    trained_encoder,
+)
 from ldm.data.labels import LabelClasses
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError, nearest
 
-#: kind -> its settings and their defaults; None has to be given, but for `vocabulary`
+#: kind -> its settings and their defaults
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mask": {"drop_rate": 0.1},
+    "mask": {"mode": "concat", "drop_rate": 0.1},
     "image": {"channels": None, "drop_rate": 0.1},
     "text": {
         "caption": None,
+        "encoder": None,
         "vocabulary": None,
         "dim": 128,
         "num_layers": 2,
         "num_heads": 4,
+        "num_head_channels": None,
         "max_tokens": 64,
         "drop_rate": 0.1,
     },
 }
+#: of text: what an encoder that comes with weights has already
+TRAINED_ONLY = ("vocabulary", "num_layers", "num_heads", "num_head_channels")
+MASK_MODES = ("concat", "spade")
 WHERE = "ldm.conditioners"
 
 
@@ -54,11 +67,36 @@ def with_defaults(config: Mapping[str, Mapping[str, Any] | None] | None) -> dict
                 )
         settings[kind] = {**legal, **(given or {})}
         check_rate(f"{WHERE}.{kind}.drop_rate", settings[kind]["drop_rate"])
-    if "image" in settings and not settings["image"]["channels"]:
-        raise LdmError(f"{WHERE}.image.channels: name the channels of data.image that are given, e.g. [T2].")
-    if "text" in settings and not settings["text"]["caption"]:
-        raise LdmError(f"{WHERE}.text.caption: say how a row is told, e.g. 'a {{age:.0f}}-year-old {{sex:woman|man}}'.")
+    checks = {"mask": _check_mask, "image": _check_image, "text": _check_text}
+    for kind, one in settings.items():
+        checks[kind](one)
     return settings
+
+
+def _check_mask(mask: Mapping[str, Any]) -> None:
+    if mask["mode"] not in MASK_MODES:
+        raise LdmError(
+            f"{WHERE}.mask.mode is '{mask['mode']}'; legal: {', '.join(MASK_MODES)}. A control is asked for by "
+            "ldm.control.model."
+        )
+
+
+def _check_image(image: Mapping[str, Any]) -> None:
+    if not image["channels"]:
+        raise LdmError(f"{WHERE}.image.channels: name the channels of data.image that are given, e.g. [T2].")
+
+
+def _check_text(text: Mapping[str, Any]) -> None:
+    where = f"{WHERE}.text"
+    if not text["caption"]:
+        raise LdmError(f"{where}.caption: say how a row is told, e.g. 'a {{age:.0f}}-year-old {{sex:woman|man}}'.")
+    if text["encoder"] is not None:
+        require_files(text["encoder"], f"{where}.encoder")
+        clash = [name for name in TRAINED_ONLY if text[name] != SETTINGS["text"][name]]
+        if clash:
+            raise LdmError(f"{where}.{clash[0]}: the encoder of {where}.encoder has its own; leave it out.")
+    elif text["vocabulary"] is not None:
+        read_vocabulary(text["vocabulary"])
 
 
 def complete(
@@ -96,10 +134,27 @@ def complete(
         _check_channels(settings["image"]["channels"], channels)
         settings["image"]["factor"] = factor
     if "text" in settings:
-        text = settings["text"]
-        caption, path = Caption.parse(text["caption"], schema, f"{WHERE}.text.caption"), text["vocabulary"]
-        text["vocabulary"] = own_vocabulary(caption.texts()) if path is None else read_vocabulary(path)
+        settings["text"] = _complete_text(settings["text"], schema)
     return settings
+
+
+def as_control(conditioners: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Conditioners of :func:`complete` as what controls a frozen model; they are never hidden in training.
+
+    Hiding would teach nothing: without its control a model is the frozen one.
+    """
+    return {kind: {**one, "mode": "control", "drop_rate": 0.0} for kind, one in conditioners.items()}
+
+
+def _complete_text(text: Mapping[str, Any], schema: CovariateSchema) -> dict[str, Any]:
+    """With the vocabulary itself, and with what the encoder is if it comes with weights."""
+    caption, path = Caption.parse(text["caption"], schema, f"{WHERE}.text.caption"), text["vocabulary"]
+    if text["encoder"] is not None:
+        encoder, vocabulary = describe_encoder(text["encoder"], f"{WHERE}.text.encoder")
+        kept = {name: value for name, value in text.items() if name not in TRAINED_ONLY}
+        return {**kept, "encoder": encoder, "vocabulary": vocabulary}
+    kept = {name: value for name, value in text.items() if name != "encoder"}
+    return {**kept, "vocabulary": own_vocabulary(caption.texts()) if path is None else read_vocabulary(path)}
 
 
 def build_conditioners(
@@ -128,14 +183,26 @@ def build_conditioners(
     for kind, given in conditioners.items():
         settings, where = dict(given), f"{WHERE}.{kind}"
         if kind == "text":
-            caption = Caption.parse(settings.pop("caption"), schema, f"{where}.caption")
             width = settings["dim"] if covariates is None else covariates.context_dim or settings["dim"]
-            built[kind] = TextConditioner(settings.pop("vocabulary"), caption, width, where=where, **settings)
+            built[kind] = _build_text(settings, schema, width, where)
         elif kind == "image":
             built[kind] = ImageConditioner(spatial_dims=spatial_dims, where=where, **settings)
         else:
             built[kind] = MaskConditioner(where=where, **settings)
     return Conditioners(built, condition.get("drop_all_rate", 0.1))
+
+
+def _build_text(settings: dict[str, Any], schema: CovariateSchema, width: int, where: str) -> TextConditioner:
+    caption = Caption.parse(settings.pop("caption"), schema, f"{where}.caption")
+    vocabulary, drop_rate = settings.pop("vocabulary"), settings.pop("drop_rate")
+    tokens = settings.get("max_tokens", 64)
+    if "encoder" in settings:
+        sizes = {name: value for name, value in settings["encoder"].items() if name not in ("lowercase", "sha256")}
+        encoder = frozen_encoder(sizes, tokens, where)
+        tokenize = WordPiece(vocabulary, settings["encoder"]["lowercase"])
+    else:
+        encoder, tokenize = trained_encoder(vocabulary, where=where, **settings), WordPiece(vocabulary)
+    return TextConditioner(encoder, tokenize, caption, width, tokens, drop_rate, where)
 
 
 def _check_channels(chosen: Sequence[str], channels: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""Label maps and images as conditions: planes on the latent grid, concatenated to the noisy latent."""
+"""Label maps and images as conditions: planes on the latent grid.
+
+They are concatenated to the noisy latent, modulate the decoder (SPADE), or steer a frozen model through a control.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +15,64 @@ from torch.nn import functional as F
 
 from ldm.conditioning.base import Conditioning, InputConditioner
 from ldm.data.labels import LabelClasses
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
+
+#: mode -> what its planes are counted as
+MODES = {"concat": "plane_channels", "spade": "spade_channels", "control": "control_channels"}
 
 
 class PlaneConditioner(InputConditioner):
     """Planes ``(B, P, *S)`` on the latent grid; where one is NaN, its learned null stands in.
 
+    A control needs none: where it is not given, the frozen model is on its own.
+
     Args:
         channels: names of the planes.
         factor: of the first stage: sides of an image over those of the latent.
+        mode: ``concat``, ``spade`` or ``control``.
         drop_rate: probability that a sample's planes are hidden.
         where: its place in the configuration, for messages.
+
+    Raises:
+        LdmError: an unknown mode.
     """
 
     #: what a cached latent calls the planes
     cached_as = ""
 
     def __init__(
-        self, channels: Sequence[str], factor: int, drop_rate: float = 0.1, where: str = "ldm.conditioners"
+        self,
+        channels: Sequence[str],
+        factor: int,
+        mode: str = "concat",
+        drop_rate: float = 0.1,
+        where: str = "ldm.conditioners",
     ) -> None:
         super().__init__(drop_rate, where)
-        self.channels, self.factor, self.where = tuple(channels), factor, where
-        self.plane_channels = len(self.channels)
-        self.null = nn.Parameter(torch.zeros(self.plane_channels))
+        if mode not in MODES:
+            raise LdmError(f"{where}.mode '{mode}' is unknown; legal: {', '.join(MODES)}.{nearest(mode, MODES)}")
+        self.channels, self.factor, self.mode, self.where = tuple(channels), factor, mode, where
+        setattr(self, MODES[mode], len(self.channels))
+        self.learns_null = mode != "control"
+        if self.learns_null:
+            self.null = nn.Parameter(torch.zeros(len(self.channels)))
 
     def not_given(self, count: int, size: Sequence[int]) -> Tensor:
         """``(count, P, *size)`` of NaN."""
-        return torch.full((count, self.plane_channels, *size), torch.nan)
+        return torch.full((count, len(self.channels), *size), torch.nan)
 
     def forward(self, value: Tensor) -> Conditioning:
         """Condition on ``(B, P, *S)``."""
-        if value.ndim < 3 or value.shape[1] != self.plane_channels:
+        if value.ndim < 3 or value.shape[1] != len(self.channels):
             raise LdmError(
-                f"{self.where}: expected (B, {self.plane_channels}, *S), a plane for each of "
+                f"{self.where}: expected (B, {len(self.channels)}, *S), a plane for each of "
                 f"{', '.join(self.channels)}; got {tuple(value.shape)}."
             )
+        if self.mode == "control":
+            return Conditioning(control=value)
         null = self.null.view(1, -1, *(1,) * (value.ndim - 2))  # (1, P, 1, ...)
-        return Conditioning(planes=torch.where(value.isnan(), null.to(value.dtype), value))
+        planes = torch.where(value.isnan(), null.to(value.dtype), value)  # (B, P, *S)
+        return Conditioning(spade=planes) if self.mode == "spade" else Conditioning(planes=planes)
 
     def _check_size(self, size: Sequence[int], array: np.ndarray, what: str) -> None:
         sides, grid = array.shape[-len(size) :], tuple(self.factor * side for side in size)
@@ -65,7 +89,7 @@ class MaskConditioner(PlaneConditioner):
     Args:
         labels: ``data.label_names``.
         unnamed: values that the cohort has beside these; with 0 they are background, the first plane.
-        factor, drop_rate, where: see :class:`PlaneConditioner`.
+        factor, mode, drop_rate, where: see :class:`PlaneConditioner`.
     """
 
     cached_as = "labels"
@@ -75,11 +99,12 @@ class MaskConditioner(PlaneConditioner):
         labels: Mapping[str, Any],
         unnamed: Sequence[int],
         factor: int,
+        mode: str = "concat",
         drop_rate: float = 0.1,
         where: str = "ldm.conditioners",
     ) -> None:
         classes = LabelClasses.from_config(labels)
-        super().__init__(("background", *classes.names), factor, drop_rate, where)
+        super().__init__(("background", *classes.names), factor, mode, drop_rate, where)
         self.classes, self.unnamed = classes, tuple(unnamed)
 
     def encode(self, value: Any, row: Mapping[str, Any], size: Sequence[int]) -> Tensor:
@@ -111,7 +136,7 @@ class ImageConditioner(PlaneConditioner):
     Args:
         channels: their names in ``data.image``.
         spatial_dims: 2 or 3.
-        factor, drop_rate, where: see :class:`PlaneConditioner`.
+        factor, mode, drop_rate, where: see :class:`PlaneConditioner`.
     """
 
     cached_as = "images"
@@ -121,11 +146,12 @@ class ImageConditioner(PlaneConditioner):
         channels: Sequence[str],
         spatial_dims: int,
         factor: int,
+        mode: str = "concat",
         drop_rate: float = 0.1,
         where: str = "ldm.conditioners",
     ) -> None:
         names = [f"{name}/{cell}" for name in channels for cell in range(factor**spatial_dims)]
-        super().__init__(names, factor, drop_rate, where)
+        super().__init__(names, factor, mode, drop_rate, where)
         self.images = tuple(channels)
 
     def encode(self, value: Any, row: Mapping[str, Any], size: Sequence[int]) -> Tensor:

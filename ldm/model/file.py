@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.errors import LdmError, nearest
+from ldm.errors import LdmError
+from ldm.networks.frozen import frozen_tensors
+from ldm.networks.tensors import differences
 
 logger = logging.getLogger(__name__)
 
@@ -121,28 +123,6 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     module.load_state_dict(dict(tensors))
 
 
-def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shown: int = 6) -> list[str]:
-    """What hinders ``tensors`` from being loaded as ``own``: one line a fault, at most ``shown`` of a kind.
-
-    A missing name comes with the nearest unexpected one, and the other way round.
-    """
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    reshaped = [name for name in sorted(own.keys() & tensors.keys()) if own[name].shape != tensors[name].shape]
-    lines = [f"missing: {name} {tuple(own[name].shape)}{nearest(name, unexpected)}" for name in missing[:shown]]
-    lines += _left_out("missing", missing, shown)
-    lines += [f"unexpected: {name} {tuple(tensors[name].shape)}{nearest(name, missing)}" for name in unexpected[:shown]]
-    lines += _left_out("unexpected", unexpected, shown)
-    lines += [
-        f"shape: {name} is {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the network"
-        for name in reshaped[:shown]
-    ]
-    return lines + _left_out("of another shape", reshaped, shown)
-
-
-def _left_out(kind: str, names: Sequence[str], shown: int) -> list[str]:
-    return [f"... and {len(names) - shown} more {kind}"] if len(names) > shown else []
-
-
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order of names; the file around them does not matter."""
     digest = hashlib.sha256()
@@ -168,10 +148,13 @@ def package_versions() -> dict[str, str]:
 def load_matching(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """Load every tensor whose name and shape fit, and say what did not; returns the names that did not.
 
+    What is frozen stays as it is.
+
     Raises:
         LdmError: nothing fits at all.
     """
-    own = module.state_dict()
+    frozen = frozen_tensors(module)
+    own = {name: value for name, value in module.state_dict().items() if name not in frozen}
     fitting = {name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise LdmError(f"No tensor of {path} fits this network; init_from needs a model of the same kind.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +12,9 @@ from torch import nn
 from ldm.data.preprocessing import Preprocessing
 from ldm.model.build import build_first_stage
 from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, tensors_hash, write_model
+from ldm.networks.frozen import freeze
 
 KIND = "first_stage"
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Put ``module`` into eval mode without gradients, in a way that ``train()`` cannot undo; returns it."""
-    module.requires_grad_(False).eval()
-    module.train = types.MethodType(_stay_in_eval, module)
-    return module
-
-
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
 
 
 @dataclass

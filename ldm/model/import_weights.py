@@ -23,8 +23,9 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
-from ldm.model.file import differences, tensors_hash
+from ldm.model.file import tensors_hash
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.networks.tensors import differences
 
 logger = logging.getLogger(__name__)
 

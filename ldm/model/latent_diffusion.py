@@ -30,9 +30,9 @@ from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
 from ldm.model.editing import Editing
 from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
-from ldm.model.first_stage import freeze
 from ldm.model.inputs import Inputs, as_lists, check_inputs, encode_condition, input_names
 from ldm.model.network import ConditionalDenoiser, with_new_names
+from ldm.networks.frozen import freeze
 from ldm.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -388,7 +388,11 @@ class LatentDiffusionModel(Editing, nn.Module):
         left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
         if left_out:
             raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
-        scale = settings.guidance_scale
+        scale, conditioners = settings.guidance_scale, self.network.conditioners
+        if isinstance(scale, Mapping):  # without a control there is the frozen model, which needs no learned null
+            scale = {
+                name: one for name, one in scale.items() if name not in conditioners or conditioners[name].learns_null
+            }
         if any(one != 1 for one in (scale.values() if isinstance(scale, Mapping) else [scale])):
             raise LdmError(
                 f"guidance_scale is {scale}, but this model never learned to go without its covariates, which "

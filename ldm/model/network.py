@@ -12,14 +12,18 @@ from ldm.conditioning.build import build_conditioners
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.build import construct
+from ldm.networks.control import Control
 from ldm.networks.denoiser import Denoiser
+from ldm.networks.frozen import freeze
 
 #: Where the only conditioner was, in files that were written before there could be several.
 OLD_PREFIX, PREFIX = "conditioner.", "conditioners.covariates."
 
 
 class ConditionalDenoiser(nn.Module):
-    """A denoiser that takes a condition.
+    """A denoiser that takes a condition, and perhaps a control.
+
+    With a control (a conditioner of mode ``control``) it alone is trained; denoiser and other conditioners are frozen.
 
     Args:
         header: model description with ``denoiser`` (arguments of the U-Net), ``condition``, ``latent_shape`` and, where
@@ -45,6 +49,7 @@ class ConditionalDenoiser(nn.Module):
             "plane_channels": self.conditioners.plane_channels,
             "context_dim": self.conditioners.context_dim,
             "context_padding": self.conditioners.has_padding,
+            "spade_channels": self.conditioners.spade_channels,
             "embedding": self.conditioners.has_embedding,
             "adaptive_norm": self.conditioners.has_embedding,
         }
@@ -57,13 +62,35 @@ class ConditionalDenoiser(nn.Module):
                 f"patch_size 1, or a data.shape that is a multiple of {factor} times the first stage's factor."
             )
 
+        self.control: Control | None = None
+        if self.conditioners.control_channels:
+            self.control = Control(self.denoiser, self.conditioners.control_channels)
+            for part in (self.denoiser, *self.conditioners.values()):
+                freeze(part)
+
+    def start_control(self, other: ConditionalDenoiser) -> None:
+        """Put a trained network in place of the frozen one, and start the control from its encoder.
+
+        Args:
+            other: the same network without a control.
+        """
+        self.denoiser.load_state_dict(other.denoiser.state_dict())
+        self.conditioners.load_state_dict(other.conditioners.state_dict())
+        self.control.copy_encoder(self.denoiser)
+
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Network output ``(B, C, *S)`` for noisy latents ``(B, C, *S)``, times ``(B,)`` and a condition.
 
         Raises:
             LdmError: a part of the condition is missing, or has a wrong shape.
         """
-        return self.denoiser(x, t, **self.conditioners(condition).as_kwargs())
+        given = self.conditioners(condition)
+        residuals = None
+        if self.control is not None:
+            seen = self.denoiser.with_planes(x, given.planes)
+            hint = self.denoiser.patched(given.control)
+            residuals = self.control(seen, t, hint, given.context, given.embedding)
+        return self.denoiser(x, t, given.planes, given.context, given.embedding, given.spade, residuals)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         renamed = with_new_names(state_dict, prefix)

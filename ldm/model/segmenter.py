@@ -15,7 +15,7 @@ from torch import nn
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
-from ldm.model.first_stage import freeze
+from ldm.networks.frozen import freeze
 from ldm.precision import autocast
 
 KIND = "segmenter"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.conditioning.base import COVARIATES, Conditioners
+from ldm.conditioning.base import COVARIATES, Conditioner, Conditioners
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.file import load_matching
@@ -17,9 +17,9 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
 
-CONV_IN = "denoiser.unet.conv_in.conv.weight"
+CONV_IN, SPADE_IN = "denoiser.unet.conv_in.conv.weight", ".mlp_shared.conv.weight"
 TOKENS, MERGE = "conditioners.covariates.tokens.", "conditioners.covariates.merge.0.weight"
-WORDS = "conditioners.text.embed.weight"
+WORDS = "conditioners.text.encoder.embed.weight"
 
 
 def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
@@ -115,7 +115,11 @@ def map_planes(
     columns = [(slice(0, shared), slice(0, shared))]
     starts, their_starts = (_plane_starts(one, start, patch) for one, start in ((ours, before), (theirs, their_before)))
     for name in ours:
-        if name not in theirs or not ours[name].plane_channels or not theirs[name].plane_channels:
+        way = _way_of_planes(ours[name])
+        if name not in theirs or way is None:
+            continue
+        if way != _way_of_planes(theirs[name]):
+            mapped.pop(f"conditioners.{name}.null", None)
             continue
         if name == COVARIATES:
             blocks = _plane_blocks(model.schema, other.schema, positions)
@@ -124,6 +128,11 @@ def map_planes(
             pairs = [(h, found[channel]) for h, channel in enumerate(ours[name].channels) if channel in found]
             blocks = [(slice(h, h + 1), slice(t, t + 1)) for h, t in pairs]
         _columns(mapped, own, f"conditioners.{name}.null", blocks, axis=0)
+        if way == "spade":
+            for key in own:
+                if key.endswith(SPADE_IN):
+                    _columns(mapped, own, key, blocks)
+            continue
         columns += [(_inputs(h, starts[name], patch), _inputs(t, their_starts[name], patch)) for h, t in blocks]
         if name == COVARIATES and model.header["condition"]["mode"] == "hybrid":
             for key in own:
@@ -134,7 +143,7 @@ def map_planes(
 
 def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: LatentDiffusionModel) -> None:
     """Put the embedding of every word that both vocabularies have at its number in ``model``; others start anew."""
-    if "text" not in model.network.conditioners or "text" not in other.network.conditioners:
+    if WORDS not in model.network.state_dict() or WORDS not in mapped:
         return
     numbers = {word: number for number, word in enumerate(other.header["conditioners"]["text"]["vocabulary"])}
     table, theirs = model.network.state_dict()[WORDS].clone(), mapped[WORDS]
@@ -143,6 +152,13 @@ def map_words(mapped: dict[str, Tensor], model: LatentDiffusionModel, other: Lat
             if word in numbers:
                 table[number] = theirs[numbers[word]]
     mapped[WORDS] = table
+
+
+def _way_of_planes(conditioner: Conditioner) -> str | None:
+    """Where the planes of a conditioner enter the denoiser; None for one without planes of its own."""
+    if conditioner.plane_channels:
+        return "input"
+    return "spade" if conditioner.spade_channels else None
 
 
 def _plane_starts(conditioners: Conditioners, start: int, patch: int) -> dict[str, int]:

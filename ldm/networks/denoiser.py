@@ -1,22 +1,27 @@
 """The second-stage network: MONAI's ``DiffusionModelUNet`` behind one call.
 
-Conditions reach it in three ways, freely combined: ``planes`` are concatenated to the noisy latent,
-``context`` tokens are attended to, and an ``embedding`` joins the time embedding.
+Conditions reach it in four ways, freely combined: ``planes`` are concatenated to the noisy latent, ``context`` tokens
+are attended to, an ``embedding`` joins the time embedding, and ``spade`` planes modulate the decoder's normalisations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from monai.networks.blocks.crossattention import CrossAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.networks.stem import BlockStem
 
 PATCH_SIZES = (1, 2)
+
+#: of a control: for every feature map that the encoder hands to the decoder, and for the middle
+Residuals = tuple[Sequence[Tensor], Tensor]
 
 
 class Denoiser(nn.Module):
@@ -30,7 +35,10 @@ class Denoiser(nn.Module):
         context_padding: whether a token of the context that is NaN is left out of the attention.
         embedding: whether a condition embedding of width ``4 * channels[0]`` is added to the time embedding.
         adaptive_norm: let the (time + condition) embedding scale and shift the second normalisation of every
-            residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it.
+            residual block (Dhariwal & Nichol 2021, eq. 9) where MONAI's block only adds it; with SPADE, of those of
+            the encoder and the middle.
+        spade_channels: classes of a label map that scales and shifts the decoder's normalisations voxel by voxel
+            (Park et al. 2019), as in MONAI's ``SPADEDiffusionModelUNet``; 0 for none.
         position_frequencies: sine and cosine pairs per axis that tell every voxel of the latent where it stands, plus
             the coordinate itself; for cohorts in one space, such as registered brains. 0 for none.
         patch_size: 2 lets the U-Net see every 2x2(x2) block of the latent as channels of one voxel, which makes large
@@ -53,6 +61,7 @@ class Denoiser(nn.Module):
         context_padding: bool = False,
         embedding: bool = False,
         adaptive_norm: bool = False,
+        spade_channels: int = 0,
         position_frequencies: int = 0,
         patch_size: int = 1,
         out_channels: int | None = None,
@@ -73,45 +82,50 @@ class Denoiser(nn.Module):
             )
         patch_factor = patch_size**spatial_dims
         position_channels = spatial_dims * (1 + 2 * position_frequencies) if position_frequencies else 0
+        self.encoder_arguments = {
+            "spatial_dims": spatial_dims,
+            "in_channels": position_channels + patch_factor * (latent_channels + plane_channels),
+            "channels": tuple(channels),
+            "num_res_blocks": _tuple(num_res_blocks),
+            "attention_levels": tuple(attention_levels),
+            "num_head_channels": _tuple(num_head_channels),
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "resblock_updown": resblock_updown,
+            "transformer_num_layers": transformer_num_layers,
+            "with_conditioning": context_dim is not None,
+            "cross_attention_dim": context_dim,
+            "num_class_embeds": 1 if embedding else None,
+            "use_flash_attention": use_flash_attention,
+        }
+        self.spatial_dims, self.position_frequencies = spatial_dims, position_frequencies
+        self.patch_factor = patch_factor
+        self.adaptive_norm, self.context_padding = adaptive_norm, context_padding
+        kind, spade = (
+            (SPADEDiffusionModelUNet, {"label_nc": spade_channels}) if spade_channels else (DiffusionModelUNet, {})
+        )
         try:
-            unet = DiffusionModelUNet(
-                spatial_dims,
-                in_channels=position_channels + patch_factor * (latent_channels + plane_channels),
-                out_channels=patch_factor * (out_channels or latent_channels),
-                channels=tuple(channels),
-                num_res_blocks=_tuple(num_res_blocks),
-                attention_levels=tuple(attention_levels),
-                num_head_channels=_tuple(num_head_channels),
-                norm_num_groups=norm_num_groups,
-                norm_eps=norm_eps,
-                resblock_updown=resblock_updown,
-                transformer_num_layers=transformer_num_layers,
-                with_conditioning=context_dim is not None,
-                cross_attention_dim=context_dim,
-                num_class_embeds=1 if embedding else None,
-                use_flash_attention=use_flash_attention,
+            unet = kind(
+                **self.encoder_arguments, **spade, out_channels=patch_factor * (out_channels or latent_channels)
             )
         except ValueError as error:
             raise LdmError(
                 f"ldm.network: {error} (channels {list(channels)}, attention_levels {list(attention_levels)}, "
                 f"num_head_channels {num_head_channels}, norm_num_groups {norm_num_groups})"
             ) from error
-        if embedding:  # MONAI adds class_embedding(class_labels) to the time embedding; ours comes ready-made
-            unet.class_embedding = nn.Identity()
-        if adaptive_norm:
-            _replace(unet, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
-        if context_padding:
-            _replace(unet, CrossAttentionBlock, PaddedAttention)
-        if spatial_dims == 3:
-            unet.to(memory_format=torch.channels_last_3d)
-        self.unet = unet
+        self.unet = self.adapted(unet)
         self.patches = BlockStem(spatial_dims, "space_to_depth") if patch_size == 2 else None
-        self.spatial_dims, self.position_frequencies, self.patch_factor = (
-            spatial_dims,
-            position_frequencies,
-            patch_factor,
-        )
         self.downsampling_factor = patch_size * 2 ** (len(channels) - 1)
+
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """A network of MONAI's blocks, with ours where they differ; returns it."""
+        if self.encoder_arguments["num_class_embeds"]:
+            network.class_embedding = nn.Identity()  # MONAI's turns class_labels into what is added; ours is ready-made
+        if self.adaptive_norm:
+            _replace(network, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
+        if self.context_padding:
+            _replace(network, CrossAttentionBlock, PaddedAttention)
+        return network.to(memory_format=torch.channels_last_3d) if self.spatial_dims == 3 else network
 
     def forward(
         self,
@@ -120,6 +134,8 @@ class Denoiser(nn.Module):
         planes: Tensor | None = None,
         context: Tensor | None = None,
         embedding: Tensor | None = None,
+        spade: Tensor | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """Network output for a noisy latent.
 
@@ -129,22 +145,39 @@ class Denoiser(nn.Module):
             planes: ``(B, P)`` values, each spread over the whole latent, or ``(B, P, D, H, W)``.
             context: ``(B, tokens, context_dim)``; with ``context_padding`` tokens of NaN are no tokens.
             embedding: ``(B, 4 * channels[0])``.
+            spade: ``(B, spade_channels, D, H, W)``.
+            residuals: what a control adds to the features that go to the decoder.
 
         Returns:
             ``(B, out_channels, D, H, W)`` in float32.
         """
-        inputs = [self._patched(x)]  # (B, 8 C, D/2, H/2, W/2) with patches, else (B, C, D, H, W), as all below
+        down, middle = residuals or (None, None)
+        conditions: dict[str, Any] = {"context": context, "class_labels": embedding}
+        if spade is not None:
+            conditions["seg"] = spade
+        out = self.unet(
+            self.with_planes(x, planes),
+            t,
+            **conditions,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        )
+        return (out if self.patches is None else self.patches.inverse(out)).float()  # (B, out_channels, D, H, W)
+
+    def with_planes(self, x: Tensor, planes: Tensor | None) -> Tensor:
+        """The noisy latent ``(B, C, D, H, W)`` with positions and planes behind it: what the first convolution sees."""
+        inputs = [self.patched(x)]  # (B, 8 C, D/2, H/2, W/2) with patches, else (B, C, D, H, W), as all below
         if self.position_frequencies:
             where = positions(inputs[0].shape[2:], self.position_frequencies, x.device)  # (1, Q, D, H, W)
             inputs.append(where.to(x.dtype).expand(len(x), *where.shape[1:]))
         if planes is not None:
             if planes.ndim == 2:
                 planes = planes.reshape(*planes.shape, *(1,) * self.spatial_dims)
-            inputs.append(self._patched(planes.to(x.dtype).expand(-1, -1, *x.shape[2:])))  # (B, P, D, H, W)
-        out = self.unet(torch.cat(inputs, dim=1), t, context=context, class_labels=embedding)
-        return (out if self.patches is None else self.patches.inverse(out)).float()  # (B, out_channels, D, H, W)
+            inputs.append(self.patched(planes.to(x.dtype).expand(-1, -1, *x.shape[2:])))  # (B, P, D, H, W)
+        return torch.cat(inputs, dim=1)
 
-    def _patched(self, x: Tensor) -> Tensor:
+    def patched(self, x: Tensor) -> Tensor:
+        """An image on the latent grid as the U-Net sees it: with patches ``(B, 8 C, D/2, H/2, W/2)``."""
         return x if self.patches is None else self.patches(x)
 
 

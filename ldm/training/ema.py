@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.errors import LdmError
 
@@ -18,7 +18,7 @@ class EMA(nn.Module):
     by its random start. The update count is a buffer: a resumed run continues the warm-up.
 
     Args:
-        module: what is averaged; its buffers are copied, not averaged.
+        module: what is averaged; its buffers are copied, not averaged, and its frozen parts are shared.
         decays: one average a decay; the first is the one that is sampled from.
     """
 
@@ -45,12 +45,9 @@ class EMA(nn.Module):
         count = int(self.updates)
         for decay, average in zip(self.decays, self.averages, strict=True):
             rate = 1 - min(decay, (1 + count) / (10 + count))
-            own, new = _tensors(average), _tensors(module)
+            pairs = zip(average.parameters(), module.parameters(), strict=True)
+            own, new = zip(*((a.detach(), b.detach()) for a, b in pairs if a is not b), strict=True)
             torch._foreach_lerp_(own, new, rate)
             for buffer, current in zip(average.buffers(), module.buffers(), strict=True):
                 buffer.copy_(current)
         self.updates += 1
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [parameter.detach() for parameter in module.parameters()]

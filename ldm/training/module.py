@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.noise import step_generator
 from ldm.errors import LdmError, nearest
+from ldm.networks.frozen import keep_out_of_checkpoints
 from ldm.training.budget import Budget
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -45,6 +46,7 @@ class StageModule(L.LightningModule):
         self._micro = 0  # batches since the last optimisation step
         self.updating = False  # from the first changed weight of a step to its end, where no state is worth keeping
         self._rows: Sequence[int] | Tensor = ()  # records of the current batch, for messages
+        keep_out_of_checkpoints(self)
         self.budget: Budget | None = None
         self.latest: dict[str, float] = {}  # everything recorded last, for the progress bar and the model file
 

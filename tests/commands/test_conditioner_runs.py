@@ -6,8 +6,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from tests.conditioning.bert_folder import bert_tensors, write_bert
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,40 @@ def test_covariates_mask_and_text_together(ldm, tiny, tmp_path, cohort_root):
         assert code
         assert message in text, text
     code, text = ldm("evaluate", *tiny, "n=2", "steps=2", "repeats=1")
+    assert not code, text
+
+
+def test_a_text_encoder_that_comes_with_weights(ldm, tiny, tmp_path):
+    folder = write_bert(tmp_path / "bert")
+    code, text = ldm("train-vae", *tiny, "trainer.max_steps=1")
+    assert not code, text
+    caption = "a [{age:.0f}-year-old ]{sex:woman|man}"
+    train = (
+        "train-ldm",
+        *tiny,
+        f"ldm.conditioners={{text: {{caption: '{caption}', encoder: {folder}, max_tokens: 16}}}}",
+    )
+    code, text = ldm(*train, *STEPS)
+    assert not code, text
+    state = torch.load("runs/simulated/ldm/last.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in state if ".text.encoder." in name]
+    code, text = ldm(*train, "trainer.max_steps=3", "trainer.val_every=2")
+    assert not code, text
+    assert "Going on at step 2" in text
+    network = LatentDiffusionModel.load("runs/simulated/ldm/model.safetensors").network
+    wanted = bert_tensors()
+    for name, value in network.conditioners["text"].encoder.state_dict().items():
+        assert (value == wanted[name]).all()
+    write_bert(folder, bert_tensors(seed=1))
+    code, text = ldm(*train, "trainer.max_steps=4")
+    assert code
+    assert "text_encoder_sha256 is" in text
+    (folder / "vocab.txt").unlink()
+    code, text = ldm(*train, "trainer.max_steps=4")
+    assert code
+    assert "there is no" in text
+    assert "vocab.txt" in text
+    code, text = ldm("sample", *tiny, *FAST, "n=2", "text='a 60-year-old man'", "out=drawn")
     assert not code, text
 
 

@@ -16,6 +16,7 @@ from ldm.commands.import_weights import describe
 from ldm.commands.main import conf_dir
 from ldm.commands.run import plain
 from ldm.commands.stages import grid_multiple
+from ldm.conditioning.build import complete
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.latents.space import LatentSpace
@@ -30,14 +31,18 @@ CLASSES = "+data.covariates.class.levels=[cat,dog,horse]"
 PRESETS = {
     ("ldm_256/unconditional",): (3, (3, 64, 64), 274.06),
     ("ldm_256/class_conditional", CLASSES): (3, (3, 64, 64), None),
+    ("ldm_256/mask_conditional", "+data.label_names.sky=1", "+data.label_names.sea=[2,3]"): (3, (3, 64, 64), 215.23),
+    ("ldm_256/text_conditional", CLASSES): (3, (4, 32, 32), 872.30),
     ("brain_160/released",): (1, (3, 20, 28, 20), 553.17),
 }
 
 
 @pytest.fixture(scope="module", params=PRESETS, ids=lambda preset: preset[0])
-def preset(request):
+def preset(request, tmp_path_factory):
     """Configuration, image shape, and an untrained model on the meta device."""
     experiment, *overrides = request.param
+    if experiment == "ldm_256/text_conditional":
+        overrides.append(f"ldm.conditioners.text.vocabulary={vocabulary(tmp_path_factory.mktemp('bert'))}")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("train-ldm", [f"experiment={experiment}", "data.root=somewhere", *overrides])
     channels, _, _ = PRESETS[request.param]
@@ -45,9 +50,18 @@ def preset(request):
     header = describe(config, preprocessing, channels)
     space = LatentSpace.identity(header["latent_shape"][0])
     schema = CovariateSchema.from_config(plain(config.data)["covariates"])
+    factor = preprocessing.shape[0] // header["latent_shape"][1]
+    header["conditioners"] = complete(header["conditioners"], schema, plain(config.data)["label_names"], (), factor)
     with torch.device("meta"):
         model = LatentDiffusionModel(header, space, preprocessing, schema)
     return config, (channels, *preprocessing.shape), model.to("meta"), PRESETS[request.param]
+
+
+def vocabulary(folder):
+    """A file with as many tokens as BERT's."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "picture", "of", "cat"]
+    (folder / "vocab.txt").write_text("\n".join(words + [f"word{i}" for i in range(len(words), 30522)]))
+    return folder / "vocab.txt"
 
 
 @pytest.fixture
@@ -67,14 +81,16 @@ def test_the_sizes_are_the_published_ones(preset):
         assert millions(model.network.denoiser) == pytest.approx(parameters, abs=0.005)
 
 
-def test_the_second_stage_takes_a_step(preset, no_autocast):
+def test_the_second_stage_takes_a_step(preset, no_autocast, monkeypatch):
     config, _, model, _ = preset
     ldm, shape, batch = plain(config.ldm), model.latent_shape, 2
     with torch.device("meta"):
         module = LatentDiffusion(model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"])
         latents = {"mean": torch.randn(batch, *shape), "std": torch.rand(batch, *shape)}
-        latents["covariates"] = torch.rand(batch, len(model.schema))
-        draws = {"t": torch.zeros(batch, dtype=torch.long), "hide": torch.rand(batch, len(model.schema) + 1)}
+        conditioners = module.network.conditioners
+        condition = {name: one.not_given(batch, shape[1:]) for name, one in conditioners.items()}
+        monkeypatch.setattr(model, "batch_condition", lambda _: condition)  # sentences cannot be read off this device
+        draws = {"t": torch.zeros(batch, dtype=torch.long), "hide": torch.rand(batch, conditioners.num_uniforms)}
         draws |= {name: torch.randn(batch, *shape) for name in ("posterior", "eps")}
         weighted, _ = module.losses(module.network, latents, draws)
         weighted.mean().backward()
@@ -99,6 +115,21 @@ def test_the_first_stage_takes_a_step(preset, no_autocast):
     assert set(terms) == {"reconstruction", "kl", "adversarial", "discriminator"}
     for trained in (module.network, module.discriminator):
         assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("preset", [("ldm_256/text_conditional", CLASSES)], indirect=True)
+def test_the_text_model_has_the_published_parameters(preset):
+    """1.45 B: U-Net, text encoder and, which ours is not trained with, the encoder's layer that guesses words."""
+    _, _, model, _ = preset
+    text = model.network.conditioners["text"]
+    guesses = 1280 * 30522 + 30522
+    assert millions(text.encoder) == pytest.approx(542.90, abs=0.005)
+    assert millions(text.encoder) + guesses / 1e6 == pytest.approx(582, abs=0.5)
+    assert millions(model.network) == pytest.approx(1416.84, abs=0.005)
+    assert millions(model.network) + guesses / 1e6 == pytest.approx(1450, abs=10)
+    words = text.encode(None, {"class": "cat"}, ())
+    assert words[:8].tolist() == [2, 4, 5, 6, 4, 7, 3, 0]  # [CLS] a picture of a cat [SEP] [PAD]
+    assert len(words) == 77
 
 
 @pytest.mark.parametrize("preset", [("brain_160/released",)], indirect=True)

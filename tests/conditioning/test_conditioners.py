@@ -52,9 +52,10 @@ def condition(net, text="a 70-year-old woman"):
     }
 
 
+@pytest.mark.parametrize("way", ["concat", "spade"])
 @pytest.mark.parametrize("mode", [*MODES, "none"])
-def test_every_conditioner_and_every_null_reaches_the_output(mode):
-    net = network(mode)
+def test_every_conditioner_and_every_null_reaches_the_output(mode, way):
+    net = network(mode, {**CONFIG, "mask": {"mode": way}})
     x, t, base = torch.randn(1, 3, *SIZE), torch.tensor([500]), condition(net)
     other = {**condition(net, "a man"), "mask": base["mask"].flip(1), "image": 1 - base["image"]}
     with torch.no_grad():
@@ -99,11 +100,11 @@ def test_padding_is_not_attended_to():
     text = net.conditioners["text"]
     with torch.no_grad():
         reference = net(x, t, base)
-        text.embed.weight[text.padding] += 10
-        text.positions[int((base["text"] != text.padding).sum()) :] += 10
+        text.encoder.embed.weight[text.padding] += 10
+        text.encoder.positions.weight[int((base["text"] != text.padding).sum()) :] += 10
         torch.testing.assert_close(net(x, t, base), reference)
     net(x, t, base).square().sum().backward()
-    gradient = text.embed.weight.grad
+    gradient = text.encoder.embed.weight.grad
     assert torch.isfinite(gradient).all()
     assert not gradient[text.padding].any()
     assert gradient[base["text"][0, 1]].any()
@@ -155,6 +156,7 @@ def test_what_does_not_fit_is_refused_by_name():
     [
         ({"msak": {}}, "msak is no conditioner.*Did you mean 'mask'"),
         ({"mask": {"droprate": 0.1}}, "mask.droprate is not a setting. Did you mean 'drop_rate'"),
+        ({"mask": {"mode": "control"}}, "mask.mode is 'control'; legal: concat, spade. A control is asked for by"),
         ({"mask": {"drop_rate": 2}}, "mask.drop_rate is a probability, got 2; legal: 0 to 1"),
         ({"image": {}}, "image.channels: name the channels"),
         ({"image": {"channels": ["t2"]}}, "no channel 't2' in data.image; legal: T1, T2. Did you mean 'T2'"),
@@ -169,7 +171,7 @@ def test_a_setting_that_is_not_legal_is_named(config, message):
 
 
 def test_defaults_and_sizes():
-    assert with_defaults({"mask": None}) == {"mask": {"drop_rate": 0.1}}
+    assert with_defaults({"mask": None}) == {"mask": {"mode": "concat", "drop_rate": 0.1}}
     with pytest.raises(LdmError, match="num_heads is 3; legal: a divisor of dim, which is 16"):
         network(config={"text": {**CONFIG["text"], "num_heads": 3}})
     assert Conditioners({}).num_uniforms == 1

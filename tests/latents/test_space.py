@@ -11,8 +11,8 @@ from ldm.errors import LdmError
 from ldm.latents.cache import CacheItem, PosteriorCache, StaleCacheError, write_cache
 from ldm.latents.encode import CohortEncoder
 from ldm.latents.space import LatentSpace
-from ldm.model.first_stage import freeze
 from ldm.networks.autoencoder import AutoencoderKL, IdentityAutoencoder
+from ldm.networks.frozen import freeze
 
 KEY = {"first_stage": "abc", "preprocessing": "def", "dtype": "float32"}
 

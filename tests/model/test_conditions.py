@@ -22,10 +22,9 @@ TEXT = {"caption": "a [{age:.0f}-year-old ]{sex:woman|man}", "dim": 16, "num_hea
 OPTIONS = {"num_inference_steps": 2, "precision": "float32"}
 
 
-def conditioned(schema=(SEX, AGE), mode="adaptive_norm", labels=None, text=TEXT, seed=0):
-    described = complete(
-        {"mask": {}, "text": text}, CovariateSchema(schema), labels or {"csf": 1, "grey": 2}, ("a", "b", "c"), 1
-    )
+def conditioned(schema=(SEX, AGE), mode="adaptive_norm", labels=None, text=TEXT, seed=0, way="concat"):
+    conditioners, labels = {"mask": {"mode": way}, "text": text}, labels or {"csf": 1, "grey": 2}
+    described = complete(conditioners, CovariateSchema(schema), labels, ("a", "b", "c"), 1)
     return model(list(schema), mode, seed=seed, conditioners=described)
 
 
@@ -129,12 +128,12 @@ def test_files_from_before_there_were_several_conditioners_load(tmp_path):
     assert all((parent.state_dict()[n] == v).all() for n, v in tensors.items() if n.startswith("network."))
 
 
-@pytest.mark.parametrize("mode", ["adaptive_norm", "concat"])
-def test_planes_and_words_are_mapped_by_name(tmp_path, mode):
-    source = conditioned((SEX, AGE), mode)
+@pytest.mark.parametrize(("mode", "way"), [("adaptive_norm", "concat"), ("concat", "concat"), ("concat", "spade")])
+def test_planes_and_words_are_mapped_by_name(tmp_path, mode, way):
+    source = conditioned((SEX, AGE), mode, way=way)
     source.save(tmp_path / "m.safetensors")
     text = {**TEXT, "caption": "adult: a [{age:.0f}-year-old ]{sex:woman|man}"}  # more words
-    target = conditioned((VOLUME, SEX, AGE), mode, {"grey": 2, "bone": 5, "csf": 1}, text, seed=5)
+    target = conditioned((VOLUME, SEX, AGE), mode, {"grey": 2, "bone": 5, "csf": 1}, text, seed=5, way=way)
     start_from(target, tmp_path / "m.safetensors")
     labels = np.array([[0, 1, 2, 0] * 2] * 8)
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([500])
