@@ -13,6 +13,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 from rich.progress import track
 
+from ldm.commands.ema import SNAPSHOTS
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.conditioning.base import COVARIATES
@@ -34,6 +35,7 @@ from ldm.training.ema import EMA
 from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.panels import SamplePanels
+from ldm.training.snapshots import EMASnapshots, PosthocEMA
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +58,12 @@ def run(config: DictConfig) -> dict[str, float]:
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
+    posthoc = posthoc_ema(ldm)
+    widths = () if posthoc.every is None else posthoc.sigma_rels
     module = LatentDiffusion(
-        model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"], config.trainer.log_every, config.seed
+        model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"], config.trainer.log_every, config.seed, widths
     )
+    snapshots = [EMASnapshots(run_dir / SNAPSHOTS, module.power_ema, posthoc.every)] if widths else []
 
     def save_model(metrics: Mapping[str, float]) -> None:
         model.header |= {"metrics": dict(metrics), "steps": module.step}
@@ -77,6 +82,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "prediction_type": model.prediction_type,
             "learned_variance": model.learned_variance,
             "ema_decays": ldm["ema_decays"],
+            **({"posthoc_ema.sigma_rels": list(widths)} if widths else {}),
             "first_stage_sha256": first_stage.sha256,
             "split_sha256": datamodule.cohort.split_hash,
         },
@@ -84,7 +90,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
         loggers=loggers(config),
-        callbacks=[sample_panels(config, datamodule, run_dir, conditioners)],
+        callbacks=[sample_panels(config, datamodule, run_dir, conditioners), *snapshots],
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
@@ -105,10 +111,16 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
         LdmError: an unknown name, a number outside its range, or two settings that exclude each other.
     """
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
+    posthoc_ema(ldm)
     with_defaults(ldm["conditioners"])
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
+
+
+def posthoc_ema(ldm: Mapping[str, Any]) -> PosthocEMA:
+    """``ldm.posthoc_ema``, checked."""
+    return construct(PosthocEMA, ldm["posthoc_ema"], "ldm.posthoc_ema")
 
 
 def warn_of_quality(first_stage: FirstStage, config: DictConfig) -> None:
@@ -214,7 +226,7 @@ def posterior_cache(
         "seed": config.seed if augmented else None,
         "dtype": config.ldm.latents.dtype,
     }
-    folder = cache_folder(Path(config.runs_dir) / datamodule.cohort.name / "latents", key)
+    folder = cache_folder(Path(config.latents_dir), key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # ranks that start together: one encodes, the others wait
         if not folder.is_dir():
