@@ -84,7 +84,7 @@ class Reference:
         study: the values of `STUDY`.
     """
 
-    features: torch.Tensor
+    features: np.ndarray
     asked: list[Row]
     study: Row
 
@@ -243,7 +243,7 @@ def measure(
     arguments: argparse.Namespace,
 ) -> Row:
     """One line of the file."""
-    from ldm.metrics import frechet_distance
+    from ldm.metrics.frechet import frechet_distance
 
     options = described(configuration)
     with counted(model) as count:
@@ -293,11 +293,10 @@ def counted(model: LatentDiffusionModel) -> Iterator[dict[str, int]]:
         handle.remove()
 
 
-def features(predictor: Any, images: np.ndarray) -> torch.Tensor:
+def features(predictor: Any, images: np.ndarray) -> np.ndarray:
     """(N, F) float32 of images ``(N, C, H, W)``."""
-    return torch.cat(
-        [torch.as_tensor(predictor.features(part)).cpu() for part in torch.from_numpy(images).split(BATCH)]
-    )
+    parts = [torch.as_tensor(predictor.features(part)) for part in torch.from_numpy(images).split(BATCH)]
+    return torch.cat(parts).cpu().numpy()
 
 
 def agreement(
