@@ -24,7 +24,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,25 @@ def measure_all(arguments: argparse.Namespace) -> None:
     predictor, reference = open_reference(arguments, models)
     rows = read_rows(arguments.rows)
     one_study([*rows, reference.study])
-    done = {key(row) for row in rows}
-    todo = [
-        (name, configuration)
-        for configuration in plan(arguments)
-        for name, model in models.items()
-        if key({**described(configuration), "model_sha256": model.header["tensors_sha256"]}) not in done
-    ]
+    todo = missing(rows, plan(arguments), models)
     print(f"{len(rows)} lines are there, {len(todo)} to be measured.")
     for name in {name for name, _ in todo}:  # the first call of a process is slow and not measured
         models[name].sample(reference.asked[:1], num_inference_steps=1)
     for name, configuration in tqdm(todo):
         row = measure(models[name], configuration, reference, predictor, arguments)
         append(arguments.rows, {"model": name, **row})
+
+
+def missing(
+    rows: Sequence[Row], configurations: Iterable[Configuration], models: Mapping[str, LatentDiffusionModel]
+) -> list[tuple[str, Configuration]]:
+    """Models and configurations that no line is of, each once."""
+    todo: dict[str, tuple[str, Configuration]] = {}
+    for configuration, (name, model) in itertools.product(configurations, models.items()):
+        line = {**described(configuration), "model_sha256": model.header["tensors_sha256"]}
+        todo.setdefault(key(line), (name, configuration))
+    done = {key(row) for row in rows}
+    return [item for line, item in todo.items() if line not in done]
 
 
 def load_models(given: Sequence[str]) -> dict[str, LatentDiffusionModel]:
@@ -164,7 +170,7 @@ def open_reference(arguments: argparse.Namespace, models: Mapping[str, LatentDif
     """The predictor, and the reference seen through it.
 
     Raises:
-        LdmError: a model was trained on another split, whose training images could be the reference.
+        LdmError: a model was trained on another split, so that its training images could be the reference.
     """
     from ldm.model.predictor import Predictor
 
@@ -369,7 +375,7 @@ def report(arguments: argparse.Namespace) -> None:
         raise LdmError(f"{arguments.rows} holds no measurement; make some with `sampling.py run`.")
     one_study(rows)
     groups = summarise(rows)
-    text = markdown(groups)
+    text = markdown(groups) + note(rows[0])
     if arguments.table:
         arguments.table.write_text(text)
     else:
@@ -469,8 +475,17 @@ def markdown(groups: Sequence[Row]) -> str:
                 *(f"{group['agreement'][name]:.1%}" if name in group["agreement"] else "" for name in covariates),
             ]
         )
-    note = "\nMean +- standard deviation over seeds (their number).\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + note
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def note(row: Row) -> str:
+    """What all lines have in common, for below the table."""
+    images = f"{row['n']} samples to {row['n_reference']} images ({row['reference']})"
+    hashes = f"Predictor {row['predictor_sha256'][:16]}, split {row['split_sha256'][:16]}"
+    return (
+        f"\nFrechet distance of {images}, mean +- standard deviation over seeds (their number). {hashes}, "
+        f"{row['device']}, {row['threads']} threads, {row['precision']}.\n"
+    )
 
 
 def ratio_text(value: tuple[float, float, float] | None) -> str:
