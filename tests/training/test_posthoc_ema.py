@@ -15,7 +15,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.power_profile import WIDEST, coefficients, exponent_of, products, width_of
 from ldm.training.snapshots import KIND, PosthocEMA, find_snapshots, reconstruct
 
-STEPS, EVERY, WIDTHS = 300, 30, (0.05, 0.10)
+STEPS, EVERY, WIDTHS = 300, 15, (0.05, 0.10)
 
 
 def direct(values, gamma):
@@ -112,8 +112,8 @@ def test_other_lengths_are_near_the_weighted_mean(walk, folder, sigma_rel, step)
     tensors, left = reconstruct(find_snapshots(folder), sigma_rel, step)
     error = np.linalg.norm(tensors["weight"][0].numpy() - expected)
     stored = min(np.linalg.norm(direct(walk[:step], exponent_of(width)) - expected) for width in WIDTHS)
-    assert left < 0.1
-    assert error < 0.1 * stored
+    assert left < 0.05
+    assert error < 0.2 * stored
 
 
 def test_weights_that_do_not_change_come_out_as_they_are():
@@ -154,8 +154,8 @@ def test_an_interrupted_run_leaves_the_same_snapshots(ldm, tiny, tmp_path, monke
     code, text = ldm("train-ldm", *settings, on, "run_dir=whole")
     assert not code, text
     stop = 5
-    with pytest.raises(RuntimeError):
-        ldm("train-ldm", *settings, on, "run_dir=stopped")
+    code, text = ldm("train-ldm", *settings, on, "run_dir=stopped")
+    assert code, text
     taken = tmp_path / "stopped/ema_snapshots"
     assert {snapshot.step for snapshot in find_snapshots(taken)} == {2, 4}
     (taken / "step00000004-sigma_rel0.05.safetensors").rename(taken / "step00000099-sigma_rel0.05.safetensors")
