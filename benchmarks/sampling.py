@@ -1,9 +1,9 @@
 """How few network calls are enough? Quality of every sampler against its calls, beside DDPM with all 1000 steps.
 
-    python benchmarks/sampling.py run --model v=runs/mednist/ldm/model.safetensors \\
+    python benchmarks/sampling.py run --model v=runs/mednist_ldm/mednist/ldm/model.safetensors \\
         --predictor runs/mednist/predictor/model.safetensors --cohort experiment=mednist_ldm/class_conditional \\
-        --rows runs/mednist/sampling.jsonl --n 500 --seeds 0 1 2
-    python benchmarks/sampling.py table --rows runs/mednist/sampling.jsonl --table sampling.md --plot sampling.png
+        --rows runs/mednist_ldm/sampling.jsonl --n 500 --seeds 0 1 2
+    python benchmarks/sampling.py table --rows runs/mednist_ldm/sampling.jsonl --table sampling.md --plot sampling.png
 
 `run` draws n samples for each model, sampler, timestep spacing, number of calls, guidance scale and seed, always for
 the same covariates, which are those of the reference images, and from the same noise a seed. It writes one line of JSON
