@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
+from ldm.commands.ema import SNAPSHOTS
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.conditioning.base import COVARIATES
@@ -36,6 +37,7 @@ from ldm.training.ema import EMA
 from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.panels import SamplePanels
+from ldm.training.snapshots import EMASnapshots, PosthocEMA
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,12 @@ def run(config: DictConfig) -> dict[str, float]:
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
+    posthoc = posthoc_ema(ldm)
+    widths = () if posthoc.every is None else posthoc.sigma_rels
     module = LatentDiffusion(
-        model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"], config.trainer.log_every, config.seed
+        model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"], config.trainer.log_every, config.seed, widths
     )
+    snapshots = [EMASnapshots(run_dir / SNAPSHOTS, module.power_ema, posthoc.every)] if widths else []
 
     def save_model(metrics: Mapping[str, float]) -> None:
         model.header |= {"metrics": dict(metrics), "steps": module.step}
@@ -73,19 +78,19 @@ def run(config: DictConfig) -> dict[str, float]:
         LatentDataModule(train, valid, datamodule.cohort, config.ldm.batch_size, config.seed),
         plain(config.trainer),
         run_dir,
-        run_identity(model, ldm),
+        run_identity(model, ldm, widths),
         save_model,
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
         loggers=loggers(config),
-        callbacks=[sample_panels(config, datamodule, run_dir, conditioners)],
+        callbacks=[sample_panels(config, datamodule, run_dir, conditioners), *snapshots],
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
 
 
-def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resume checkpoint has to agree with."""
+def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any], widths: Sequence[float]) -> dict[str, Any]:
+    """What a resume checkpoint has to agree with; ``widths`` are those of the power-function averages."""
     header = model.header
     encoder = header["conditioners"].get("text", {}).get("encoder")
     return {
@@ -98,6 +103,7 @@ def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any]) -> dict[st
         "prediction_type": model.prediction_type,
         "learned_variance": model.learned_variance,
         "ema_decays": ldm["ema_decays"],
+        **({"posthoc_ema.sigma_rels": list(widths)} if widths else {}),
         "first_stage_sha256": header["first_stage_sha256"],
         "split_sha256": header["split_sha256"],
     }
@@ -118,10 +124,16 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
         LdmError: an unknown name, a number outside its range, or two settings that exclude each other.
     """
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
+    posthoc_ema(ldm)
     with_defaults(ldm["conditioners"])
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
+
+
+def posthoc_ema(ldm: Mapping[str, Any]) -> PosthocEMA:
+    """``ldm.posthoc_ema``, checked."""
+    return construct(PosthocEMA, ldm["posthoc_ema"], "ldm.posthoc_ema")
 
 
 def load_first_stage(config: DictConfig) -> FirstStage:
@@ -236,7 +248,7 @@ def posterior_cache(
         "seed": config.seed if augmented else None,
         "dtype": config.ldm.latents.dtype,
     }
-    folder = cache_folder(Path(config.runs_dir) / datamodule.cohort.name / "latents", key)
+    folder = cache_folder(Path(config.latents_dir), key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # ranks that start together: one encodes, the others wait
         if not folder.is_dir():

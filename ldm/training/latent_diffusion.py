@@ -15,7 +15,7 @@ from ldm.diffusion.prediction import target
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import LdmError
 from ldm.model.latent_diffusion import LatentDiffusionModel
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, PowerEMA
 from ldm.training.module import StageModule
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class LatentDiffusion(StageModule):
         loss: ``weighting`` (``uniform`` or ``min_snr``), ``gamma``, and ``vlb_weight`` of the variational bound, for
             models that learn a variance (Nichol & Dhariwal 2021, eq. 16: 0.001).
         ema_decays: one average a decay; the first is the model's.
+        sigma_rels: widths of power-function averages beside them, of which snapshots can be kept.
         log_every: steps between two logged steps.
     """
 
@@ -47,10 +48,12 @@ class LatentDiffusion(StageModule):
         ema_decays: Sequence[float] = (0.999,),
         log_every: int = 20,
         seed: int = 0,
+        sigma_rels: Sequence[float] = (),
     ) -> None:
         super().__init__(optimizer, seed)
         self.network = model.network
         self.ema = EMA(self.network, ema_decays)
+        self.power_ema = PowerEMA(self.network, sigma_rels) if sigma_rels else None
         model.network = self.ema.module
         self._model = [model]
         self.loss = dict(loss)
@@ -96,6 +99,8 @@ class LatentDiffusion(StageModule):
         if norms is None:
             return
         self.ema.update(self.network)
+        if self.power_ema is not None:
+            self.power_ema.update(self.network)
         if (self.step - 1) % self.log_every == 0:
             values = {"loss": loss.detach(), "loss_unweighted": plain.mean().detach(), "lr": self._lr()}
             values |= {f"grad_norm/{name}": norm for name, norm in norms.items()}

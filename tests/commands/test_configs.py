@@ -21,7 +21,7 @@ OPTIONS = sorted(
 )
 STUDIES = sorted(
     f"experiment={file.relative_to(conf_dir() / 'experiment').with_suffix('')}"
-    for file in (conf_dir() / "experiment").glob("*/*.yaml")
+    for file in (conf_dir() / "experiment").rglob("*.yaml")
 )
 
 
