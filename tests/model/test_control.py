@@ -64,8 +64,12 @@ def batch(controlled, kind, size):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("kind", "size", "denoiser"),
-    [("mask", (8, 8), {}), ("image", (4, 4, 4), {"resblock_updown": True, "position_frequencies": 1})],
-    ids=["mask", "image"],
+    [
+        ("mask", (8, 8), {}),
+        ("mask", (8, 8), {"patch_size": 2}),
+        ("image", (4, 4, 4), {"resblock_updown": True, "position_frequencies": 1}),
+    ],
+    ids=["mask", "patches", "image"],
 )
 @torch.no_grad()
 def test_it_is_the_frozen_model_at_first_and_without_its_input(kind, size, denoiser, mode):
