@@ -78,7 +78,12 @@ def run(config: DictConfig) -> dict[str, Any]:
         "reconstruction": quality(real, rebuilt, value_range),
         "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
     }
-    instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    instrument = find_instrument(
+        plain(config.data).get("instrument"),
+        datamodule.preprocessing,
+        datamodule.schema,
+        datamodule.cohort.split_hash,
+    )
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
     if network is not None:

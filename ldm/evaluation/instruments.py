@@ -28,7 +28,10 @@ Instrument = Callable[[np.ndarray], dict[str, float | str]]
 
 
 def find_instrument(
-    config: Mapping[str, Any] | None, preprocessing: Preprocessing, schema: CovariateSchema
+    config: Mapping[str, Any] | None,
+    preprocessing: Preprocessing,
+    schema: CovariateSchema,
+    split_sha256: str | None = None,
 ) -> Instrument | None:
     """The instrument that a ``data.instrument`` section describes.
 
@@ -38,6 +41,8 @@ def find_instrument(
             measures: [covariates]}`` (without ``measures``: all that it predicts), or None.
         preprocessing: of the images that will be measured.
         schema: gives the unit or the levels of each covariate.
+        split_sha256: of the cohort, where the instrument's own error on held-out images is of interest: a warning says
+            that a predictor could have been trained on some of them.
 
     Returns:
         Function of an image ``(C, *S)`` giving ``{covariate: value in its unit, or level}``, NaN for an image that
@@ -65,7 +70,14 @@ def find_instrument(
         return None
     if kind == "segmenter":
         return _segmenter(path, config["measures"], schema)
-    return _predictor(path, config.get("measures"), preprocessing, schema)
+    predictor = Predictor.load(path)
+    if split_sha256 not in (None, predictor.facts["split_sha256"]):
+        logger.warning(
+            "%s was trained on another split of the data: it may know some of the held-out images, on which it would "
+            "then seem better than it is.",
+            path,
+        )
+    return _predictor(predictor, path, config.get("measures"), preprocessing, schema)
 
 
 def _ventricles(preprocessing: Preprocessing) -> Instrument:
@@ -102,9 +114,12 @@ def _segmenter(path: Path, measures: Mapping[str, Sequence[str]], schema: Covari
 
 
 def _predictor(
-    path: Path, measures: Sequence[str] | None, preprocessing: Preprocessing, schema: CovariateSchema
+    predictor: Predictor,
+    path: Path,
+    measures: Sequence[str] | None,
+    preprocessing: Preprocessing,
+    schema: CovariateSchema,
 ) -> Instrument:
-    predictor = Predictor.load(path)
     known = predictor.targets.schema
     names = known.names if measures is None else measures
     if isinstance(names, str | Mapping):

@@ -35,6 +35,14 @@ def test_without_its_file_nothing_is_measured(made, caplog):
     assert "no predictor nowhere.safetensors yet (ldm train-predictor)" in caplog.text
 
 
+def test_another_split_is_warned_of(made, caplog):
+    made, config = made
+    find_instrument(config, made.preprocessing, SCHEMA, made.facts["split_sha256"])
+    assert not caplog.text
+    find_instrument(config, made.preprocessing, SCHEMA, "1" * 64)
+    assert "trained on another split" in caplog.text
+
+
 def test_what_it_cannot_measure_is_refused(made):
     made, config = made
     with pytest.raises(LdmError, match="does not predict 'site'.*It predicts: age, sex"):

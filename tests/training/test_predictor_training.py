@@ -106,7 +106,6 @@ def test_two_kinds_of_pictures_are_told_apart(ldm, tmp_path):
 
 @pytest.mark.slow
 def test_a_volume_is_read_from_two_channels_in_3d(ldm, tmp_path):
-    """The augmentation scales the anatomy by up to a third of its volume; the covariate has to follow."""
     rng, rows = np.random.default_rng(0), []
     grid = np.stack(np.mgrid[:16, :16, :16]) - 7.5
     (tmp_path / "made").mkdir()
