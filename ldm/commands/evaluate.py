@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.data.images import read
+from ldm.data.schema import Covariate
 from ldm.errors import LdmError
-from ldm.evaluation.agreement import agreement
+from ldm.evaluation.agreement import agreement, level_agreement
 from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.features import check_features, find_features
@@ -216,35 +217,57 @@ def fidelity(
     asked: Sequence[dict[str, Any]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Agreement of asked and measured values, and of true and measured ones on real held-out images."""
+    """Agreement of what was asked and measured in samples, and of truth and measurement on real held-out images."""
     on_real = [instrument(image) for image in track(real, "measuring held-out images")]
     on_samples = [instrument(image) for image in track(samples, "measuring samples")]
     result = {}
     for name in on_real[0]:
         if name not in model.schema.names:
             continue
-        unit = model.schema[name].unit or ""
-        truth, found = _pairs(rows, on_real, name)
-        wanted, got = _pairs(asked, on_samples, name)
-        if min(len(truth), len(wanted)) < 3 or min(np.ptp(truth), np.ptp(wanted), np.ptp(got)) == 0:
+        compare = compare_levels if model.schema[name].kind == "categorical" else compare_values
+        found = compare(model.schema[name], _pairs(rows, on_real, name), _pairs(asked, on_samples, name), folder)
+        if found is None:
             logger.warning("%s: too few images could be measured, or all alike.", name)
             continue
-        result[name] = {
-            "unit": unit,
-            "instrument_on_held_out": agreement(truth, found),
-            "samples": agreement(wanted, got),
-            "unmeasurable_samples": sum(not np.isfinite(values[name]) for values in on_samples),
-        }
-        figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
-        figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
+        result[name] = {**found, "unmeasurable_samples": sum(not _measured(values[name]) for values in on_samples)}
     return result
 
 
-def _pairs(rows, measured, name) -> tuple[list[float], list[float]]:
+Pairs = tuple[list[Any], list[Any]]  # true or asked values, and the measured ones
+
+
+def compare_values(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
+    """Agreement of a continuous covariate, and a scatter plot each; None where it cannot be had."""
+    (truth, found), (wanted, got) = real, samples
+    if min(len(truth), len(wanted)) < 3 or min(map(np.ptp, (truth, found, wanted, got))) == 0:
+        return None
+    name, unit = covariate.name, covariate.unit or ""
+    figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
+    figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
+    agreements = {"instrument_on_held_out": agreement(truth, found), "samples": agreement(wanted, got)}
+    return {"kind": covariate.kind, "unit": unit, **agreements}
+
+
+def compare_levels(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
+    """Agreement of a categorical covariate; None where no image has it."""
+    shares = {}
+    for name, (wanted, found) in (("instrument_on_held_out", real), ("samples", samples)):
+        if not wanted:
+            return None
+        wanted = [covariate.levels[covariate.level_index(value)] for value in wanted]
+        shares[name] = level_agreement(wanted, found, covariate.levels)
+    return {"kind": covariate.kind, "levels": list(covariate.levels), **shares}
+
+
+def _measured(value: float | str) -> bool:
+    return isinstance(value, str) or bool(np.isfinite(value))
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], name: str) -> Pairs:
     pairs = [
-        (float(row[name]), values[name])
+        (row[name], values[name])
         for row, values in zip(rows, measured, strict=True)
-        if row.get(name) is not None and np.isfinite(values[name])
+        if row.get(name) is not None and _measured(values[name])
     ]
     return [a for a, _ in pairs], [b for _, b in pairs]
 

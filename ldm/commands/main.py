@@ -24,6 +24,7 @@ VERBS = {
     "train-vae": "train the first stage",
     "train-ldm": "train the diffusion model on the first stage's latents",
     "train-segmenter": "train the network that measures volumes in images",
+    "train-predictor": "train the network that reads covariates from images",
     "import-weights": "make one model file of published MONAI weights",
     "sample": "draw images with asked covariates",
     "evaluate": "measure samples against what was asked, and write a report",

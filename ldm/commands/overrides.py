@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
 
-FREE_FORM = ("data.covariates", "data.label_names", "ldm.conditioners")  # mappings whose names are the user's
+# mappings whose names are the user's, or depend on their kind
+FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners")
 
 
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:
@@ -43,14 +44,14 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
 
 
 def replace_free_form(arguments: Sequence[str]) -> list[str]:
-    """Let ``data.covariates={...}`` replace the whole mapping, as an assignment should.
+    """Let ``data.covariates={...}`` replace the whole mapping, or null, as an assignment should.
 
     Hydra merges a mapping into the old one, and refuses names that the old one does not have.
     """
     result = []
     for argument in arguments:
         key = argument.partition("=")[0]
-        result += [f"~{key}", f"+{argument}"] if key in FREE_FORM else [argument]
+        result += [f"{key}=null", f"++{argument}"] if key in FREE_FORM else [argument]
     return result
 
 

@@ -1,12 +1,14 @@
-"""Agreement between what was asked for and what was measured."""
+"""Agreement between what was asked for and what was measured: values, and levels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
 
 
 def agreement(asked: Sequence[float], measured: Sequence[float], seed: int = 0, resamples: int = 2000) -> dict:
@@ -53,3 +55,36 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _interval(values: np.ndarray) -> list[float]:
     return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
+
+
+def level_agreement(asked: Sequence[str], found: Sequence[str], levels: Sequence[str]) -> dict:
+    """How often `found` is the level that was `asked` (both (N,), each one of `levels`).
+
+    Returns `accuracy` (share of agreement), `interval` (95 %, Wilson), `n`; `levels`: the same three for each level
+    that was asked; and `confusion`, counts (L, L) with a row for each asked level and a column for each found one, in
+    the order of `levels`.
+
+    Raises LdmError if the lengths differ, there is no pair, or a level is not one of `levels`.
+    """
+    if len(asked) != len(found) or not len(asked):
+        raise LdmError(f"agreement: {len(asked)} levels were asked and {len(found)} found; they must be pairs, N > 0.")
+    number = {level: index for index, level in enumerate(levels)}
+    for level in (*asked, *found):
+        if level not in number:
+            raise LdmError(f"agreement: '{level}' is no level.{nearest(level, levels)} Levels: {', '.join(levels)}.")
+    counts = np.zeros((len(levels), len(levels)), np.int64)
+    np.add.at(counts, ([number[level] for level in asked], [number[level] for level in found]), 1)
+    right, total = np.diag(counts), counts.sum(1)
+    shares = {level: _share(int(right[i]), int(total[i])) for i, level in enumerate(levels) if total[i]}
+    return {**_share(int(right.sum()), len(asked)), "levels": shares, "confusion": counts.tolist()}
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> list[float]:
+    """Score interval of a share (Wilson 1927): right also where all or none of `n` succeed, unlike p +- z s.e."""
+    z, p = NormalDist().inv_cdf(0.5 + confidence / 2), successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def _share(right: int, n: int) -> dict:
+    return {"accuracy": right / n, "interval": wilson(right, n), "n": n}

@@ -1,27 +1,30 @@
-"""What measures a covariate in an image: a fixed method, or a trained segmentation network."""
+"""What measures a covariate in an image: a fixed method, or a trained network that segments or predicts."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.schema import CovariateSchema
+from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError, nearest
 from ldm.evaluation.ventricles import measure_ventricles
+from ldm.model.predictor import Predictor
 from ldm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("ventricles", "segmenter")
+KINDS = ("ventricles", "segmenter", "predictor")
 KEYS = ("kind", "path", "measures")
 PER_MM3 = {"mm3": 1.0, "ml": 1e-3, "cm3": 1e-3}
-Instrument = Callable[[np.ndarray], dict[str, float]]
+SHARED = ("spatial_dims", "orientation", "spacing", "intensity", "channels")  # what images of two recipes must share
+Instrument = Callable[[np.ndarray], dict[str, float | str]]
 
 
 def find_instrument(
@@ -31,16 +34,18 @@ def find_instrument(
 
     Args:
         config: ``{kind: ventricles}`` (simulated brains), ``{kind: segmenter, path: model.safetensors, measures:
-            {covariate: [classes whose volumes add up to it]}}``, or None.
-        preprocessing: gives the affine of the model's grid.
-        schema: gives the unit of each covariate.
+            {covariate: [classes whose volumes add up to it]}}``, ``{kind: predictor, path: model.safetensors,
+            measures: [covariates]}`` (without ``measures``: all that it predicts), or None.
+        preprocessing: of the images that will be measured.
+        schema: gives the unit or the levels of each covariate.
 
     Returns:
-        Function of an image ``(C, *S)`` giving ``{covariate: value in its unit}``, NaN for an image that cannot be
-        measured; None when there is no instrument.
+        Function of an image ``(C, *S)`` giving ``{covariate: value in its unit, or level}``, NaN for an image that
+        cannot be measured; None when there is no instrument.
 
     Raises:
-        LdmError: an unknown kind or key, or a covariate, class or unit that does not exist.
+        LdmError: an unknown kind or key, or a covariate, class or unit that does not exist; a predictor of images that
+            were prepared in another way.
     """
     if config is None:
         return None
@@ -50,7 +55,17 @@ def find_instrument(
     for key in config:
         if key not in KEYS:
             raise LdmError(f"data.instrument.{key} is not a setting.{nearest(key, KEYS)} Legal: {', '.join(KEYS)}.")
-    return _ventricles(preprocessing) if kind == "ventricles" else _segmenter(config, schema)
+    if kind == "ventricles":
+        return _ventricles(preprocessing)
+    if not config.get("path"):
+        raise LdmError(f"data.instrument.path is not set; it names the model file that ldm train-{kind} writes.")
+    path = Path(config["path"])
+    if not path.is_file():
+        logger.warning("There is no %s %s yet (ldm train-%s): nothing is measured.", kind, path, kind)
+        return None
+    if kind == "segmenter":
+        return _segmenter(path, config["measures"], schema)
+    return _predictor(path, config.get("measures"), preprocessing, schema)
 
 
 def _ventricles(preprocessing: Preprocessing) -> Instrument:
@@ -66,14 +81,10 @@ def _ventricles(preprocessing: Preprocessing) -> Instrument:
     return measure
 
 
-def _segmenter(config: Mapping[str, Any], schema: CovariateSchema) -> Instrument | None:
-    path = Path(config["path"])
-    if not path.is_file():
-        logger.warning("There is no segmentation model %s yet (ldm train-segmenter): nothing is measured.", path)
-        return None
+def _segmenter(path: Path, measures: Mapping[str, Sequence[str]], schema: CovariateSchema) -> Instrument:
     segmenter = Segmenter.load(path)
     scale = {}
-    for name, classes in config["measures"].items():
+    for name, classes in measures.items():
         unit = schema[name].unit
         if unit not in PER_MM3:
             raise LdmError(f"data.covariates.{name}.unit is {unit!r}; a measured volume is in {', '.join(PER_MM3)}.")
@@ -85,6 +96,46 @@ def _segmenter(config: Mapping[str, Any], schema: CovariateSchema) -> Instrument
 
     def measure(image: np.ndarray) -> dict[str, float]:
         volumes = segmenter.volumes(image)
-        return {name: scale[name] * sum(volumes[label] for label in config["measures"][name]) for name in scale}
+        return {name: scale[name] * sum(volumes[label] for label in measures[name]) for name in scale}
 
     return measure
+
+
+def _predictor(
+    path: Path, measures: Sequence[str] | None, preprocessing: Preprocessing, schema: CovariateSchema
+) -> Instrument:
+    predictor = Predictor.load(path)
+    known = predictor.targets.schema
+    names = known.names if measures is None else measures
+    if isinstance(names, str | Mapping):
+        raise LdmError(f"data.instrument.measures is {names!r}; a predictor takes a list of covariates, e.g. [class].")
+    for name in names:
+        if name not in known.names:
+            raise LdmError(
+                f"{path} does not predict '{name}'.{nearest(name, known.names)} It predicts: {', '.join(known.names)}."
+            )
+        for key in ("kind", "unit", "levels"):
+            own, asked = getattr(known[name], key), getattr(schema[name], key)
+            if own != asked:
+                raise LdmError(f"{path} was trained with {name}.{key} {own!r}, data.covariates.{name} has {asked!r}.")
+    _expect_like_images(path, predictor.preprocessing.to_dict(), preprocessing.to_dict())
+
+    def measure(image: np.ndarray) -> dict[str, float | str]:
+        found = predictor.predict(image[None])
+        return {name: _reading(found[name][0], schema[name]) for name in names}
+
+    return measure
+
+
+def _reading(found: torch.Tensor, covariate: Covariate) -> float | str:
+    """The most probable level of probabilities ``(L,)``, or the value ``()`` itself."""
+    return covariate.levels[int(found.argmax())] if covariate.kind == "categorical" else float(found)
+
+
+def _expect_like_images(path: Path, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for key in SHARED:
+        if trained[key] != given[key]:
+            raise LdmError(
+                f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again with "
+                "the same data settings: ldm train-predictor."
+            )

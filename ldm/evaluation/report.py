@@ -34,9 +34,12 @@ def write_report(
         figures: folder with the pictures of this evaluation.
         curves: title -> picture, of the trainings.
     """
+    values, levels = (
+        {name: entry for name, entry in metrics.get("fidelity", {}).items() if entry["kind"] == kind}
+        for kind in ("continuous", "categorical")
+    )
     scatter = {
-        name: [_embed(figures / f"measured_{kind}_{name}.png") for kind in ("real", "samples")]
-        for name in metrics.get("fidelity", {})
+        name: [_embed(figures / f"measured_{kind}_{name}.png") for kind in ("real", "samples")] for name in values
     }
     page = _template("report.html").render(
         cohort=metrics["cohort"],
@@ -45,6 +48,8 @@ def write_report(
         verdict=verdict(metrics),
         distances=metrics.get("distances"),
         mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
+        values=values,
+        levels=levels,
         scatter=scatter,
         curves=[(title, _embed(picture)) for title, picture in curves.items()],
         model={
@@ -76,6 +81,7 @@ def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters |= {"figures": three_figures, "percent": percent}
     return environment.get_template(name)
 
 
@@ -93,13 +99,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         f"The first stage reconstructs {reconstruction['n']} held-out images with a PSNR of "
         f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
     ]
-    for name, values in metrics.get("fidelity", {}).items():
-        samples, real = values["samples"], values["instrument_on_held_out"]
-        lines.append(
-            f"{name}: measured in {samples['n']} samples it follows what was asked with r = {samples['r']:.3f} and "
-            f"slope {samples['slope']:.2f}; the instrument itself, on {real['n']} held-out images with known truth, "
-            f"reaches r = {real['r']:.3f} and slope {real['slope']:.2f}."
-        )
+    lines += [_verdict_on(name, entry) for name, entry in metrics.get("fidelity", {}).items()]
     spread = metrics["diversity"]
     if "samples asked as these" in spread:
         real, rebuilt, drawn = (
@@ -130,6 +130,31 @@ def distances_in_words(distances: Mapping[str, Any]) -> list[str]:
             "it says nothing about the generated images either."
         )
     return lines
+
+
+def _verdict_on(name: str, entry: Mapping[str, Any]) -> str:
+    samples, real = entry["samples"], entry["instrument_on_held_out"]
+    if entry["kind"] == "categorical":
+        return (
+            f"{name}: {percent(samples)} of {samples['n']} samples show the level that was asked for; the instrument "
+            f"itself finds the true one in {percent(real)} of {real['n']} held-out images."
+        )
+    return (
+        f"{name}: measured in {samples['n']} samples it follows what was asked with r = {samples['r']:.3f} and "
+        f"slope {samples['slope']:.2f}; the instrument itself, on {real['n']} held-out images with known truth, "
+        f"reaches r = {real['r']:.3f} and slope {real['slope']:.2f}."
+    )
+
+
+def percent(share: Mapping[str, Any]) -> str:
+    """A share of agreement with its interval."""
+    low, high = share["interval"]
+    return f"{share['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def three_figures(value: float) -> str:
+    """A number with at least three figures: 12,345 or 0.0123."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _embed(path: Path) -> str:

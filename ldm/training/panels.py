@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from ldm.data.schema import Covariate
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,14 @@ class SamplePanels(FigureCallback):
 
     The conditioning test asks for the low and the high end of one covariate with the noise fixed. It logs the
     response, the root-mean-square change of the image over that between two noise seeds, and, for covariates
-    that an instrument measures, the measured change over the asked change (1 is obedience).
+    that an instrument measures, the measured change over the asked change, or the share of images that show the
+    level that was asked for (1 is obedience).
 
     Args:
         folder: run folder.
         rows: covariate rows of the fixed samples, from held-out subjects.
         steps: network calls a sample.
-        measure: function of an image ``(C, *S)`` giving ``{covariate: value}``, or None.
+        measure: function of an image ``(C, *S)`` giving ``{covariate: value or level}``, or None.
         inputs: label maps and images of the same subjects, where the model is conditioned on them.
     """
 
@@ -84,7 +86,7 @@ class SamplePanels(FigureCallback):
         folder: Path,
         rows: Sequence[Mapping[str, Any]],
         steps: int,
-        measure: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+        measure: Callable[[np.ndarray], Mapping[str, float | str]] | None = None,
         inputs: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         super().__init__(folder)
@@ -114,7 +116,7 @@ def conditioning_test(
     model: Any,
     n: int,
     steps: int,
-    measure: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+    measure: Callable[[np.ndarray], Mapping[str, float | str]] | None = None,
     inputs: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, float]:
     """Vary one covariate at a time with the noise fixed; see :class:`SamplePanels`.
@@ -140,12 +142,23 @@ def conditioning_test(
         between = float(np.sqrt(np.mean((first - np.roll(first, 1, axis=0)) ** 2)))
         if between:
             results[f"response/{covariate.name}"] = change / between
-        if measure is not None and covariate.kind == "continuous":
-            measured = [[measure(image).get(covariate.name, np.nan) for image in images] for images in (first, last)]
-            slope = float(np.mean(measured[1]) - np.mean(measured[0])) / (ends[1] - ends[0])
-            if np.isfinite(slope):  # every image could be measured
-                results[f"slope/{covariate.name}"] = slope
+        if measure is not None:
+            measured = [[measure(image).get(covariate.name) for image in images] for images in (first, last)]
+            results |= _obedience(covariate, ends, measured)
     return results
+
+
+def _obedience(
+    covariate: Covariate, ends: tuple[Any, Any], measured: Sequence[Sequence[float | str | None]]
+) -> dict[str, float]:
+    """``slope/NAME`` of values or ``level/NAME`` of levels; empty unless every image could be measured."""
+    if any(value is None for values in measured for value in values):
+        return {}
+    if covariate.kind == "categorical":
+        right = [value == end for end, values in zip(ends, measured, strict=True) for value in values]
+        return {f"level/{covariate.name}": float(np.mean(right))}
+    slope = float(np.mean(measured[1]) - np.mean(measured[0])) / (ends[1] - ends[0])
+    return {f"slope/{covariate.name}": slope} if np.isfinite(slope) else {}
 
 
 def describe(row: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ldm.model.file import read_header
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
-    for group in ("data", "vae", "ldm", "schedule", "segmenter", "trainer", "logger")
+    for group in ("data", "vae", "ldm", "schedule", "segmenter", "predictor", "trainer", "logger")
     for file in (conf_dir() / group).glob("*.yaml")
     if file.stem != "base"
 )
@@ -152,6 +152,22 @@ def test_the_segmenter_takes_a_step_and_measures(ldm, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_predictor_takes_a_step(ldm, tiny, tmp_path):
+    code, text = ldm("train-predictor", *tiny, "trainer.max_steps=1", "predictor.network.channels=[8,16]")
+    assert not code, text
+    from ldm.model.predictor import Predictor
+
+    predictor = Predictor.load(tmp_path / "runs/simulated/predictor/model.safetensors")
+    found = predictor.predict(np.random.default_rng(0).random((2, 1, 24, 24, 24), dtype=np.float32))
+    assert {name: tuple(values.shape) for name, values in found.items()} == {
+        "age": (2,),
+        "sex": (2, 2),
+        "ventricles_mm3": (2,),
+        "brain_mm3": (2,),
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_pictures_go_all_the_way(ldm, tiny, tmp_path, mode):
     rng = np.random.default_rng(0)
@@ -179,8 +195,8 @@ def test_pictures_go_all_the_way(ldm, tiny, tmp_path, mode):
         "data.covariates={age: {kind: continuous, unit: years}, kind: {kind: categorical}}",
         "trainer.max_steps=1",
     )
-    for verb in ("train-vae", "train-ldm"):
-        code, text = ldm(verb, *settings)
+    for verb in ("train-vae", "train-predictor", "train-ldm"):
+        code, text = ldm(verb, *settings, "predictor.network.channels=[8,16]")
         assert not code, text
     code, text = ldm("sample", *settings, "n=2", "steps=2", "out=out")
     assert not code, text
@@ -188,5 +204,11 @@ def test_pictures_go_all_the_way(ldm, tiny, tmp_path, mode):
     sample = PIL.Image.open(tmp_path / "out/sub-000002.png")
     assert (sample.size, sample.mode) == ((26, 30), mode)
     assert json.loads((tmp_path / "out/participants.json").read_text())["age"]["Units"] == "years"
-    code, text = ldm("evaluate", *settings, "n=4", "repeats=2", "steps=2")
+    instrument = "data.instrument={kind: predictor, path: runs/pictures/predictor/model.safetensors}"
+    code, text = ldm("evaluate", *settings, instrument, "n=4", "repeats=2", "steps=2")
     assert not code, text
+    metrics = json.loads((tmp_path / "runs/pictures/evaluation/metrics.json").read_text())
+    assert sum(map(sum, metrics["fidelity"]["kind"]["samples"]["confusion"])) == 6  # the repeated ones too
+    report = (tmp_path / "runs/pictures/evaluation/report.html").read_text()
+    assert "Asked against found: kind" in report
+    assert f"of {metrics['n']['held_out']} held-out images" in report

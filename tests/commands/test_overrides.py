@@ -54,7 +54,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert not shown.stderr
 
 
-@pytest.mark.parametrize("verb", ["check", "train-vae", "train-ldm", "train-segmenter", "sample", "evaluate"])
+@pytest.mark.parametrize(
+    "verb", ["check", "train-vae", "train-ldm", "train-segmenter", "train-predictor", "sample", "evaluate"]
+)
 def test_help_explains_the_verb(ldm, verb):
     code, text = ldm(verb, "--help")
     assert not code

@@ -1,0 +1,50 @@
+"""The instrument that a predictor is: it gives levels and values, and refuses what it was not trained for."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm.data.schema import Covariate, CovariateSchema
+from ldm.errors import LdmError
+from ldm.evaluation.instruments import find_instrument
+from tests.model.test_predictor import SCHEMA, predictor
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A predictor of age and sex from pictures of one channel, its file, and the section that names it."""
+    made = predictor(in_channels=1)
+    made.save(tmp_path / "model.safetensors")
+    return made, {"kind": "predictor", "path": str(tmp_path / "model.safetensors"), "measures": ["sex"]}
+
+
+def test_it_gives_the_most_probable_level_and_the_value_in_the_unit(made):
+    made, config = made
+    image = torch.rand(1, 12, 8).numpy()
+    found = made.predict(image[None])
+    measured = find_instrument({**config, "measures": None}, made.preprocessing, SCHEMA)(image)
+    assert measured == {"age": found["age"].item(), "sex": "FM"[int(found["sex"][0, 1] > 0.5)]}
+    assert find_instrument(config, made.preprocessing, SCHEMA)(image) == {"sex": measured["sex"]}
+
+
+def test_without_its_file_nothing_is_measured(made, caplog):
+    made, config = made
+    with caplog.at_level(logging.WARNING):
+        assert find_instrument({**config, "path": "nowhere.safetensors"}, made.preprocessing, SCHEMA) is None
+    assert "no predictor nowhere.safetensors yet (ldm train-predictor)" in caplog.text
+
+
+def test_what_it_cannot_measure_is_refused(made):
+    made, config = made
+    with pytest.raises(LdmError, match="does not predict 'site'.*It predicts: age, sex"):
+        find_instrument({**config, "measures": ["site"]}, made.preprocessing, SCHEMA)
+    with pytest.raises(LdmError, match="a predictor takes a list of covariates"):
+        find_instrument({**config, "measures": "sex"}, made.preprocessing, SCHEMA)
+    with pytest.raises(LdmError, match="data.instrument.path is not set"):
+        find_instrument({"kind": "predictor"}, made.preprocessing, SCHEMA)
+    other = CovariateSchema([Covariate("sex", "categorical", levels=("F", "M", "X"))])
+    with pytest.raises(LdmError, match="sex.levels"):
+        find_instrument(config, made.preprocessing, other)
+    with pytest.raises(LdmError, match="trained on images with channels"):
+        find_instrument(config, predictor(in_channels=2).preprocessing, SCHEMA)
