@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError, nearest
 from ldm.model.file import tensors_hash
+from ldm.model.predictor import Predictor
 from ldm.networks.perceptual import levels, load_resnet
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,6 @@ class PredictorFeatures:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        from ldm.model.predictor import Predictor
-
         self.predictor = Predictor.load(path, device)
         self.preprocessing = self.predictor.preprocessing
         facts = self.predictor.facts

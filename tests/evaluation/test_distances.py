@@ -1,7 +1,6 @@
 """Distances with their protocol: rows against one reference, feature networks, folders, the report."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from ldm.evaluation.distances import (
 from ldm.evaluation.features import MedicalNetFeatures, check_features, extract, find_features
 from ldm.evaluation.folders import SYNTHETIC, folder_distances
 from ldm.evaluation.report import distances_in_words
+from tests.model.test_predictor import predictor
 from tests.model.test_transfer import AGE, model
 
 RECIPE = Preprocessing(
@@ -189,29 +189,20 @@ def test_the_medical_network_gives_pooled_features_of_every_channel(tmp_path):
         MedicalNetFeatures(tmp_path / "resnet10.safetensors", "resnet18")
 
 
-def test_a_predictor_says_what_it_was_trained_on(tmp_path, monkeypatch):
-    class Predictor(SimpleNamespace):
-        def features(self, images):
-            return Texture()(images)
-
-        @classmethod
-        def load(cls, path, device):
-            targets = SimpleNamespace(schema=SimpleNamespace(names=("age",)))
-            facts = {"cohort": "test", "split_sha256": "ours"}
-            return cls(preprocessing=RECIPE, sha256="f" * 64, facts=facts, targets=targets)
-
-    monkeypatch.setitem(sys.modules, "ldm.model.predictor", SimpleNamespace(Predictor=Predictor))
-    path = tmp_path / "model.safetensors"
-    path.touch()
+def test_a_predictor_says_what_it_was_trained_on(tmp_path):
+    made, path = predictor(), tmp_path / "model.safetensors"
+    made.save(path)
     network = find_features({"kind": "predictor", "path": str(path), "backbone": "resnet10"})
     assert network.identity == {
         "name": str(path),
-        "sha256": "f" * 64,
+        "sha256": made.sha256,
         "kind": "predictor",
         "spatial_dims": 2,
-        "trained_on": {"cohort": "test", "split": "train", "split_sha256": "ours", "targets": ["age"]},
+        "trained_on": {"cohort": "test", "split": "train", "split_sha256": "0" * 64, "targets": ["age", "sex"]},
     }
-    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    check_features(network, made.preprocessing, "test", "0" * 64)
+    x = torch.rand(2, 2, 12, 8)
+    torch.testing.assert_close(network(x), made.features(x))
 
 
 def test_a_network_for_other_images_or_with_another_split_is_refused():
