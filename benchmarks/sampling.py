@@ -1,8 +1,8 @@
 """How few network calls are enough? Quality of every sampler against its calls, beside DDPM with all 1000 steps.
 
     python benchmarks/sampling.py run --model v=runs/mednist_ldm/mednist/ldm/model.safetensors \\
-        --predictor runs/mednist_ldm/mednist/predictor/model.safetensors --cohort experiment=mednist_ldm/class_conditional \\
-        --rows runs/mednist_ldm/sampling.jsonl --n 500 --seeds 0 1 2
+        --predictor runs/mednist_ldm/mednist/predictor/model.safetensors \\
+        --cohort experiment=mednist_ldm/class_conditional --rows runs/mednist_ldm/sampling.jsonl --n 500 --seeds 0 1 2
     python benchmarks/sampling.py table --rows runs/mednist_ldm/sampling.jsonl --table sampling.md --plot sampling.png
 
 `run` draws n samples for each model, sampler, timestep spacing, number of calls, guidance scale and seed, always for
