@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy import stats
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 MARK_STEPS = 1000
 SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
 BATCH = 64  # of the predictor
+TICKS = (5, 10, 15, 20, 30, 50, 100, 250)  # network calls in the plot
 
 Row = dict[str, Any]
 
@@ -510,16 +512,21 @@ def plot(groups: Sequence[Row], path: Path) -> None:
             width = mark["std"] or 0.0
             axis.axhspan(mark["mean"] - width, mark["mean"] + width, color="0.85", label=f"DDPM-{MARK_STEPS}")
         draw_curves(axis, [row for row in rows if not row["is_mark"]])
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="network calls",
-            ylabel="Frechet distance",
-            title=f"{model}, guidance {scale:g}",
-        )
+        axis.set_title(f"{model}, guidance {scale:g}")
+        scale_axes(axis, [row["calls"] for row in rows if not row["is_mark"]])
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def scale_axes(axis: Any, calls: Sequence[int]) -> None:
+    """Both logarithmic, with numbers that are read at a glance."""
+    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
+    axis.set_xticks([tick for tick in TICKS if calls and min(calls) <= tick <= max(calls)])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.minorticks_off()
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
 
 
 def draw_curves(axis: Any, rows: Sequence[Row]) -> None:
