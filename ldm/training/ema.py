@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from ldm.errors import LdmError
 from ldm.training.power_profile import exponent_of
 
 
-class Averages(nn.Module):
+class Averages(nn.Module, ABC):
     """Averages of a module's parameters, each of a rate of its own.
 
     The update count is a buffer: a resumed run goes on with the rates where it was.
@@ -31,9 +32,9 @@ class Averages(nn.Module):
         """Averages are always in eval mode."""
         return super().train(False)
 
+    @abstractmethod
     def rates(self, count: int) -> list[float]:
         """How far each average goes towards the module, after ``count`` updates."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
