@@ -75,7 +75,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set(xticks=[], yticks=[], frame_on=False)
     figure.tight_layout(pad=0.2, h_pad=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     print(path)
 
 
