@@ -28,7 +28,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instrument
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
-from ldm.model.build import construct
+from ldm.model.build import PIXELS, build_first_stage, construct
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
@@ -48,8 +48,10 @@ def run(config: DictConfig) -> dict[str, float]:
     check_trainer(plain(config.trainer))
     frozen = frozen_model(config)
     check_diffusion(plain(config.ldm))
-    first_stage = load_first_stage(config) if frozen is None else first_stage_of(frozen)
+    in_pixels = config.vae.network.kind == PIXELS
+    first_stage = first_stage_of(frozen) if frozen else None if in_pixels else load_first_stage(config)
     datamodule = prepared(cohort_datamodule(config))
+    first_stage = first_stage or pixel_space(config, datamodule)
     conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
     same_preprocessing(first_stage, datamodule, conditioners)
     train, valid = (
@@ -156,6 +158,13 @@ def load_first_stage(config: DictConfig) -> FirstStage:
     return first_stage
 
 
+def pixel_space(config: DictConfig, datamodule: CohortDataModule) -> FirstStage:
+    """The first stage that changes nothing, for the channels that are generated."""
+    channels = diffused_channels(datamodule, plain(config.ldm)["conditioners"])
+    network = {"kind": PIXELS, "spatial_dims": config.data.spatial_dims, "in_channels": len(channels)}
+    return FirstStage(build_first_stage(network), network, replace(datamodule.preprocessing, channels=channels))
+
+
 def describe_conditioners(
     config: DictConfig,
     datamodule: CohortDataModule,
@@ -187,7 +196,7 @@ def describe_conditioners(
 
 def diffused_channels(datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> tuple[str, ...]:
     """The channels that are generated: all but those that are given as condition."""
-    given = conditioners.get("image", {}).get("channels", ())
+    given = (conditioners.get("image") or {}).get("channels") or ()
     return tuple(name for name in datamodule.preprocessing.channels if name not in given)
 
 

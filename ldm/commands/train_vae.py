@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
+from ldm.errors import LdmError
+from ldm.model.build import PIXELS
 from ldm.model.file import load_matching, read_header, read_tensors
 from ldm.model.first_stage import KIND, FirstStage
 from ldm.training.fit import check_trainer, fit
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, float]:
     """Train the first stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
+    if config.vae.network.kind == PIXELS:
+        raise LdmError("vae=identity has nothing to train: go on with ldm train-ldm vae=identity.")
     check_trainer(plain(config.trainer))
     datamodule = prepared(cohort_datamodule(config, config.vae.batch_size, config.vae.patch_size))
     write_config(config, run_dir)

@@ -10,7 +10,8 @@ from torch import nn
 from ldm.errors import LdmError, nearest
 from ldm.networks.autoencoder import AutoencoderKL, IdentityAutoencoder
 
-FIRST_STAGES = {"autoencoder_kl": AutoencoderKL, "identity": IdentityAutoencoder}
+PIXELS = "identity"
+FIRST_STAGES = {"autoencoder_kl": AutoencoderKL, PIXELS: IdentityAutoencoder}
 
 
 def build_first_stage(config: Mapping[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -12,6 +13,7 @@ from ldm.commands.main import VERBS, conf_dir
 from ldm.conditioning.covariates import MODES
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.model.file import read_header
+from ldm.model.latent_diffusion import LatentDiffusionModel
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
@@ -212,3 +214,21 @@ def test_pictures_go_all_the_way(ldm, tiny, tmp_path, mode):
     report = (tmp_path / "runs/pictures/evaluation/report.html").read_text()
     assert "Asked against found: kind" in report
     assert f"of {metrics['n']['held_out']} held-out images" in report
+
+
+def test_pixel_space_needs_no_first_stage(ldm, tiny):
+    tiny = [item for item in tiny if not item.startswith("vae.")]
+    code, text = ldm("train-vae", *tiny, "vae=identity")
+    assert code
+    assert "nothing to train" in text
+    code, text = ldm("train-ldm", *tiny, "vae=identity", "trainer.max_steps=2")
+    assert not code, text
+    model = LatentDiffusionModel.load("runs/simulated/ldm/model.safetensors")
+    assert model.latent_shape == (1, *model.preprocessing.shape)
+    scan = torch.rand(1, 1, *model.preprocessing.shape)
+    mean, std = model.first_stage.encode(scan)
+    assert torch.equal(mean, scan)
+    assert not std.any()
+    torch.testing.assert_close(model.decode(model.latent_space.to_scaled(scan)), scan)
+    code, text = ldm("evaluate", *tiny, "vae=identity", "n=4", "repeats=1", "steps=1")
+    assert not code, text
