@@ -366,8 +366,10 @@ def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) ->
 def sample_panels(
     config: DictConfig, datamodule: CohortDataModule, run_dir: Path, conditioners: Mapping[str, Any]
 ) -> SamplePanels:
-    """Fixed-seed samples at covariates, label maps and images of held-out subjects."""
-    records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
+    """Fixed-seed samples at covariates, label maps and images of held-out subjects, evenly from the table's."""
+    valid = datamodule.cohort.split("valid")
+    shown = min(config.ldm.val_samples, len(valid))
+    records = [valid[case * len(valid) // shown] for case in range(shown)]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
     measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
