@@ -28,7 +28,9 @@ from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.features import check_features, find_features
 from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.instruments import Instrument, find_instrument
+from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter
 from ldm.evaluation.report import write_folder_report, write_report
+from ldm.model.file import read_header
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import image_paths, in_model_space, sample_name
 from ldm.precision import autocast
@@ -39,6 +41,7 @@ from ldm.training.vae import psnr
 logger = logging.getLogger(__name__)
 
 SHOWN = 16
+MASK_ROWS = {"samples": SAMPLES, "held-out images": HELD_OUT, "reconstructions": REBUILT, "chance": CHANCE}
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -86,6 +89,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     )
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
+    if "mask" in inputs:
+        subjects = numbers[: config.n]  # the others repeat a map
+        metrics["mask_dice"] = mask_agreement(config, model, records, real, rebuilt, samples[: config.n], subjects)
     if network is not None:
         drawn = samples[: config.n]  # the others repeat covariates
         distances = model_distances(network, model, datamodule, real, rebuilt, drawn, config.n_ref, config.seed)
@@ -236,6 +242,32 @@ def fidelity(
             continue
         result[name] = {**found, "unmeasurable_samples": sum(not _measured(values[name]) for values in on_samples)}
     return result
+
+
+def mask_agreement(
+    config: DictConfig,
+    model: LatentDiffusionModel,
+    records: Sequence[Record],
+    real: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    subjects: Sequence[int],
+) -> dict[str, Any]:
+    """Dice of the label maps that samples were given with those found in them; ``left_out`` says why there is none."""
+    try:
+        if any(record.labels is None for record in records):
+            raise LdmError("held-out subjects have no label map that could be asked for; set data.labels.")
+        classes, recipe = model.network.conditioners["mask"].classes, model.preprocessing
+        segmenter, path = mask_segmenter(plain(config.data).get("instrument"), classes, recipe)
+    except LdmError as error:
+        logger.warning("No Dice of asked and found label maps: %s", error)
+        return {"left_out": str(error)}
+    masks = [recipe.read_labels(record.labels) for record in records]  # (*S) each
+    found = mask_dice(segmenter, masks, real, rebuilt, samples, subjects, config.seed)
+    for label, rows in found["labels"].items():
+        shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
+        logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))
+    return {**found, "segmenter_sha256": read_header(path)["tensors_sha256"]}
 
 
 Pairs = tuple[list[Any], list[Any]]  # true or asked values, and the measured ones

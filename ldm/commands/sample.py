@@ -74,13 +74,8 @@ def draw(
 ) -> list[Path]:
     """Write one sample a row and its inputs, with a progress bar."""
     options = sampling_options(config)
-    provenance = {
-        "model_sha256": read_header(path)["tensors_sha256"],
-        "simulated_training_data": model.header.get("simulated", False),
-        "sampling": {**vars(model.defaults), **options},
-        "precision": config.get("precision", "auto"),
-        **({"files_sha256": files_sha256(inputs)} if inputs else {}),
-    }
+    files = files_sha256(inputs) if inputs else {}
+    provenance = provenance_of(model, path, {**vars(model.defaults), **options}, config.get("precision", "auto"), files)
     with Progress() as bar:
         task = bar.add_task("sampling", total=len(rows))
         return write_samples(
@@ -95,6 +90,19 @@ def draw(
             lambda count: bar.advance(task, count),
             inputs,
         )
+
+
+def provenance_of(
+    model: LatentDiffusionModel, path: Path, sampling: Mapping[str, Any], precision: str, files: Mapping[str, str]
+) -> dict[str, Any]:
+    """What images depend on beside what is asked of each: model, sampling, and the hashes of the files given."""
+    return {
+        "model_sha256": read_header(path)["tensors_sha256"],
+        "simulated_training_data": model.header.get("simulated", False),
+        "sampling": dict(sampling),
+        "precision": precision,
+        **({"files_sha256": dict(files)} if files else {}),
+    }
 
 
 def sampling_options(config: DictConfig) -> dict[str, Any]:
@@ -210,6 +218,10 @@ def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence
 
 def _count(config: DictConfig) -> int | None:
     """Number of samples; None is one a row."""
+    return DEFAULT_COUNT if config.n is None and not asks_for_several(config) else config.n
+
+
+def asks_for_several(config: DictConfig) -> bool:
+    """Whether covariates or inputs are a table or a list, whose length says how many images there are."""
     asked = [config.covariates, *(config.get(name) for name in SETTINGS)]
-    several = isinstance(config.covariates, str) or any(isinstance(one, ListConfig) for one in asked)
-    return DEFAULT_COUNT if config.n is None and not several else config.n
+    return isinstance(config.covariates, str) or any(isinstance(one, ListConfig) for one in asked)

@@ -190,13 +190,38 @@ class Preprocessing:
         _expect_one_grid(", ".join(refs.values()), {name: _header(image) for name, image in stored.items()})
         return self._place([(image.array[0], refs[name]) for name, image in stored.items()], stored)[0]
 
+    def read_image(self, image: str | Mapping[str, str]) -> tuple[np.ndarray, Geometry]:
+        """An image that stands for itself, on its own grid, (C, *file) float32 in the model's range, and its geometry.
+
+        image: the file of all channels, or {channel: file}. `bring` takes the result to the model's grid.
+        Raises LdmError when a channel has no file, or naming the file that cannot be read or does not fit.
+        """
+        self._expect_fitted()
+        if isinstance(image, Mapping) and sorted(image) != sorted(self.channels):
+            given = ", ".join(map(str, image))
+            raise LdmError(f"Expected a file for each of {', '.join(self.channels)}, got {given}.")
+        refs = {name: str(image[name]) for name in self.channels} if isinstance(image, Mapping) else {"": str(image)}
+        stored = {name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in refs.items()}
+        where = ", ".join(refs.values())
+        _expect_one_grid(where, {name: _header(one) for name, one in stored.items()})
+        channels = [(channel, refs[name]) for name, one in stored.items() for channel in one.array]
+        if len(channels) != len(self.channels):
+            raise LdmError(f"{where}: {len(channels)} channel(s); the model has {', '.join(self.channels)}.")
+        return self._scale(channels), self._plan(_header(next(iter(stored.values()))))
+
+    def bring(self, scaled: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """What `read_image` gives, on the model's grid: (C, *S)."""
+        placed = [geometry.forward(one[None], fill=self.intensity.background(one))[0] for one in scaled]
+        return np.stack(placed)
+
     def _place(
         self, channels: Sequence[tuple[np.ndarray, str]], stored: Mapping[str, images.Image]
     ) -> tuple[np.ndarray, Geometry]:
         geometry = self._plan(_header(next(iter(stored.values()))))
-        scaled = [self.intensity.apply(channel, name) for channel, name in channels]
-        placed = [geometry.forward(one[None], fill=self.intensity.background(one))[0] for one in scaled]
-        return np.stack(placed), geometry
+        return self.bring(self._scale(channels), geometry), geometry
+
+    def _scale(self, channels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+        return np.stack([self.intensity.apply(channel, name) for channel, name in channels])
 
     def _place_labels(self, stored: images.Image, ref: str) -> np.ndarray:
         values = np.rint(stored.array)

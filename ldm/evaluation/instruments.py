@@ -37,12 +37,12 @@ def find_instrument(
 
     Args:
         config: ``{kind: ventricles}`` (simulated brains), ``{kind: segmenter, path: model.safetensors, measures:
-            {covariate: [classes whose volumes add up to it]}}``, ``{kind: predictor, path: model.safetensors,
-            measures: [covariates]}`` (without ``measures``: all that it predicts), or None.
+            {covariate: [classes whose volumes add up to it]}}`` (without ``measures``: none), ``{kind: predictor,
+            path: model.safetensors, measures: [covariates]}`` (without ``measures``: all that it predicts), or None.
         preprocessing: of the images that will be measured.
         schema: gives the unit or the levels of each covariate.
         split_sha256: of the cohort, where the instrument's own error on held-out images is of interest: a warning says
-            that a predictor could have been trained on some of them.
+            that a trained one could have been trained on some of them.
 
     Returns:
         Function of an image ``(C, *S)`` giving ``{covariate: value in its unit, or level}``, NaN for an image that
@@ -68,16 +68,16 @@ def find_instrument(
     if not path.is_file():
         logger.warning("There is no %s %s yet (ldm train-%s): nothing is measured.", kind, path, kind)
         return None
-    if kind == "segmenter":
-        return _segmenter(path, config["measures"], schema)
-    predictor = Predictor.load(path)
-    if split_sha256 not in (None, predictor.facts["split_sha256"]):
+    trained = Segmenter.load(path) if kind == "segmenter" else Predictor.load(path)
+    if split_sha256 not in (None, trained.facts.get("split_sha256")):
         logger.warning(
             "%s was trained on another split of the data: it may know some of the held-out images, on which it would "
             "then seem better than it is.",
             path,
         )
-    return _predictor(predictor, path, config.get("measures"), preprocessing, schema)
+    if kind == "segmenter":
+        return _segmenter(trained, path, config.get("measures") or {}, schema)
+    return _predictor(trained, path, config.get("measures"), preprocessing, schema)
 
 
 def _ventricles(preprocessing: Preprocessing) -> Instrument:
@@ -93,8 +93,9 @@ def _ventricles(preprocessing: Preprocessing) -> Instrument:
     return measure
 
 
-def _segmenter(path: Path, measures: Mapping[str, Sequence[str]], schema: CovariateSchema) -> Instrument:
-    segmenter = Segmenter.load(path)
+def _segmenter(
+    segmenter: Segmenter, path: Path, measures: Mapping[str, Sequence[str]], schema: CovariateSchema
+) -> Instrument:
     scale = {}
     for name, classes in measures.items():
         unit = schema[name].unit
@@ -148,9 +149,14 @@ def _reading(found: torch.Tensor, covariate: Covariate) -> float | str:
 
 
 def _expect_like_images(path: Path, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for key in SHARED:
-        if trained[key] != given[key]:
-            raise LdmError(
-                f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again with "
-                "the same data settings: ldm train-predictor."
-            )
+    key = unlike(trained, given)
+    if key is not None:
+        raise LdmError(
+            f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again with "
+            "the same data settings: ldm train-predictor."
+        )
+
+
+def unlike(trained: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first thing in which two recipes of images differ that have to share :data:`SHARED`; None where none does."""
+    return next((key for key in SHARED if trained[key] != given[key]), None)

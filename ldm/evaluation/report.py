@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from ldm.evaluation import masks
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 CAPTIONS = {
@@ -47,6 +48,7 @@ def write_report(
         metrics=metrics,
         verdict=verdict(metrics),
         distances=metrics.get("distances"),
+        masks=metrics.get("mask_dice"),
         mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
         values=values,
         levels=levels,
@@ -100,6 +102,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
     ]
     lines += [_verdict_on(name, entry) for name, entry in metrics.get("fidelity", {}).items()]
+    lines += masks_in_words(metrics.get("mask_dice", {}).get("labels", {}))
     spread = metrics["diversity"]
     if "samples asked as these" in spread:
         real, rebuilt, drawn = (
@@ -112,6 +115,16 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             f"covariates {drawn:.3f}. Higher is more alike."
         )
     return lines + (distances_in_words(metrics["distances"]) if "distances" in metrics else [])
+
+
+def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each label that samples were asked to have: their Dice, that of the instrument, and chance."""
+    lines = []
+    for name, rows in labels.items():
+        means = {row: f"{values['mean']:.3f}" for row, values in rows.items() if values["n"]}
+        if masks.SAMPLES in means:
+            lines.append(f"{name}, Dice: " + "; ".join(f"{row} {mean}" for row, mean in means.items()) + ".")
+    return lines
 
 
 def distances_in_words(distances: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
 PROVENANCE = "provenance.json"
+Drawn = Iterator[tuple[np.ndarray, Sequence[int]]]  # images (B, C, *S) and their numbers, a few at a time
 WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
 
 
@@ -64,10 +65,48 @@ def write_samples(
     Raises:
         LdmError: ``out`` holds samples of another request.
     """
-    out = Path(out)
+    inputs = dict(inputs or {})
+
+    def draw(todo: Sequence[int]) -> Drawn:
+        asked = {name: [values[index] for index in todo] for name, values in inputs.items()}
+        some = [rows[index] for index in todo]
+        for batch in model.sample_batches(some, todo, seed, batch_size, precision, asked, **dict(options or {})):
+            yield batch.images, batch.indices
+
+    def write(image: np.ndarray, paths: Sequence[Path]) -> None:
+        write_image(model, image, paths)
+
+    return write_request(model, out, rows, seed, provenance, draw, write, progress, inputs)
+
+
+def write_request(
+    model: LatentDiffusionModel,
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    seed: int,
+    provenance: Mapping[str, Any],
+    draw: Callable[[Sequence[int]], Drawn],
+    write: Callable[[np.ndarray, Sequence[Path]], None],
+    progress: Callable[[int], None] | None = None,
+    inputs: Inputs | None = None,
+) -> list[Path]:
+    """Write what a folder lacks of a request: images, table and provenance, as :func:`write_samples` says.
+
+    Args:
+        model, out, rows, seed, provenance, progress: see :func:`write_samples`.
+        draw: the images with these numbers, a few at a time.
+        write: an image ``(C, *S)`` to its files.
+        inputs: what else an image was given, one value each; columns of the table.
+
+    Returns:
+        Path of the first channel of every image.
+
+    Raises:
+        LdmError: ``out`` holds images of another request.
+    """
+    out, inputs = Path(out), dict(inputs or {})
     out.mkdir(parents=True, exist_ok=True)
     names = [sample_name(index) for index in range(len(rows))]
-    inputs = dict(inputs or {})
     asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
     record = json.loads(json.dumps({**provenance, **asked}, sort_keys=True))
     _expect_same_request(out, record)
@@ -76,20 +115,11 @@ def write_samples(
     todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]
     if progress is not None and len(todo) < len(rows):
         progress(len(rows) - len(todo))
-    batches = model.sample_batches(
-        [rows[index] for index in todo],
-        todo,
-        seed,
-        batch_size,
-        precision,
-        {name: [values[index] for index in todo] for name, values in inputs.items()},
-        **dict(options or {}),
-    )
-    for batch in batches:
-        for image, index in zip(batch.images, batch.indices, strict=True):
-            write_image(model, image, paths[index])
+    for batch, indices in draw(todo):
+        for image, index in zip(batch, indices, strict=True):
+            write(image, paths[index])
         if progress is not None:
-            progress(len(batch.images))
+            progress(len(batch))
     write_table(model, out, names, rows, inputs)
     return [path[0] for path in paths]
 

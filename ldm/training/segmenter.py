@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
-from torch import Tensor
 
 from ldm.data.labels import LabelClasses
+from ldm.metrics.overlap import dice_per_class
 from ldm.model.segmenter import build_segmenter
 from ldm.training.module import StageModule
 
@@ -77,13 +77,3 @@ class SegmenterModule(StageModule):
             if len(true) > 2 and true[:, index].std() > 0 and found[:, index].std() > 0:
                 metrics[f"segmenter/val/volume_r/{name}"] = float(np.corrcoef(true[:, index], found[:, index])[0, 1])
         self.record(metrics, reduce=True)
-
-
-def dice_per_class(found: Tensor, truth: Tensor, num_classes: int) -> list[float]:
-    """Dice of classes 1, 2, ... of two label maps ``(*S)``; NaN for a class that neither has."""
-    scores = []
-    for index in range(1, num_classes):
-        a, b = found == index, truth == index
-        total = int(a.sum()) + int(b.sum())
-        scores.append(2 * int((a & b).sum()) / total if total else float("nan"))
-    return scores

@@ -35,6 +35,20 @@ def test_strength_leads_from_the_image_to_a_new_one(made):
         made.image_to_image(IMAGE[..., :6], 0.5)
 
 
+def test_an_image_does_not_depend_on_what_is_drawn_with_it(made):
+    fill = np.ones((8, 8), bool)
+    options = {"n": 5, "num_inference_steps": 4}
+    for edit in (
+        made.plan_image_to_image(IMAGE, 0.5, {"age": 50.0}, **options),
+        made.plan_interpolation(IMAGE, IMAGE[:, ::-1].copy(), **options),
+        made.plan_inpainting(IMAGE, fill, [{"age": 50.0}, {"age": 79.0}], **options),
+    ):
+        together, numbers = next(edit.batches([3, 1, 4], 3))
+        assert list(numbers) == [3, 1, 4]
+        np.testing.assert_allclose(edit.images(batch_size=2)[[3, 1, 4]], together, atol=1e-5)
+        assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
 def test_interpolation_starts_and_ends_at_the_images(made):
     other = IMAGE[:, ::-1].copy()
     images = made.interpolate(IMAGE, other, n=3, num_inference_steps=60)
