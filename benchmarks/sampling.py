@@ -534,8 +534,8 @@ def scale_axes(axis: Any, calls: Sequence[int]) -> None:
 
 
 def draw_curves(axis: Any, rows: Sequence[Row]) -> None:
-    """A colour a sampler, a line style a spacing."""
-    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--"), strict=True))  # leading, trailing, linspace
+    """A colour a sampler, a line style a spacing (dotted, solid, dashed, dash-dotted in the order of their list)."""
+    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-."), strict=True))
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["sampler"] for row in rows}))}
     for name, spacing in itertools.product(colours, styles):
         curve = [row for row in rows if (row["sampler"], row["timestep_spacing"]) == (name, spacing)]
