@@ -23,6 +23,7 @@ VERBS = {
     "check": "read every file of a cohort and report all faults",
     "train-vae": "train the first stage",
     "train-ldm": "train the diffusion model on the first stage's latents",
+    "train-gan": "train a GAN on the images, to compare with",
     "ema": "make the moving average of another length from a training's snapshots",
     "train-segmenter": "train the network that measures volumes in images",
     "train-predictor": "train the network that reads covariates from images",
