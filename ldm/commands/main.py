@@ -30,6 +30,7 @@ VERBS = {
     "import-weights": "make one model file of published MONAI weights",
     "sample": "draw images with asked covariates",
     "evaluate": "measure samples against what was asked, and write a report",
+    "compare": "measure models of one cohort alike, in one table",
 }
 USAGE = "usage: ldm VERB [key=value ...]\n\n{verbs}\n\n`ldm VERB --help` explains a verb and lists its settings.\n"
 
