@@ -6,7 +6,7 @@ Commands, output and evaluation use this and nothing else, so that all are sampl
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ class Samples:
     indices: list[int]
 
 
-class Generative:
+class Generative(ABC):
     """A model that draws images from (seed, number of the sample, covariates), and describes the data it learned from.
 
     Attributes:

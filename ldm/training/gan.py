@@ -6,7 +6,6 @@ detached, and the discriminator's loss sees the generated images detached, so ea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +25,6 @@ from ldm.networks.gan import ImageDiscriminator
 from ldm.training.ema import EMA
 from ldm.training.module import StageModule
 from ldm.training.vae import kl_divergence, psnr
-
-logger = logging.getLogger(__name__)
 
 POOLED = 8  # cells an axis in which images are compared at validation
 SHOWN = 4  # reconstructions in a panel
