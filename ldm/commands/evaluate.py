@@ -31,9 +31,8 @@ from ldm.evaluation.instruments import Instrument, find_instrument
 from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.model.file import read_header
-from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.generative import Generative
 from ldm.model.output import image_paths, in_model_space, sample_name
-from ldm.precision import autocast
 from ldm.training import figures
 from ldm.training.panels import describe
 from ldm.training.vae import psnr
@@ -71,14 +70,14 @@ def run(config: DictConfig) -> dict[str, Any]:
     draw(model, path, folder / "samples", asked, config, inputs)
     samples = [read_sample(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
-    rebuilt = reconstructions(model, real, value_range)
+    rebuilt = reconstructions(model, real, rows, value_range) if model.reconstructs else None
     metrics: dict[str, Any] = {
         "model_sha256": model.header["tensors_sha256"],
         "cohort": datamodule.cohort.name,
         "simulated": model.header.get("simulated", False),
         "split_sha256": datamodule.cohort.split_hash,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
-        "reconstruction": quality(real, rebuilt, value_range),
+        **({} if rebuilt is None else {"reconstruction": quality(real, rebuilt, value_range)}),
         "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
     }
     instrument = find_instrument(
@@ -98,12 +97,12 @@ def run(config: DictConfig) -> dict[str, Any]:
         metrics |= {} if distances is None else {"distances": distances}
     pictures(model, real, rows, samples, asked, folder / "figures", value_range)
     _write_json(folder / "metrics.json", metrics)
-    report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
+    report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(model, config))
     logger.info("Report: %s", report)
     return metrics
 
 
-def expect_a_split(model: LatentDiffusionModel, path: Path) -> None:
+def expect_a_split(model: Generative, path: Path) -> None:
     """Refuse a model whose training subjects are not known.
 
     Raises:
@@ -159,23 +158,23 @@ def held_out(
     return images, rows, records
 
 
-def read_sample(model: LatentDiffusionModel, paths: Sequence[Path]) -> np.ndarray:
+def read_sample(model: Generative, paths: Sequence[Path]) -> np.ndarray:
     """A written sample, all its files together, on the model's grid and in its range: ``(C, *S)``."""
     recipe = model.preprocessing
     array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
     return in_model_space(recipe, array)  # (C, *S)
 
 
-@torch.no_grad()
 def reconstructions(
-    model: LatentDiffusionModel, real: Sequence[np.ndarray], value_range: tuple[float, float]
+    model: Generative,
+    real: Sequence[np.ndarray],
+    rows: Sequence[Mapping[str, Any]],
+    value_range: tuple[float, float],
 ) -> list[np.ndarray]:
-    """Held-out images ``(C, *S)`` through the first stage and the latent space that samples go through."""
+    """Held-out images ``(C, *S)`` through the model, see :meth:`Generative.reconstruct`."""
     rebuilt = []
-    for image in track(real, "reconstructing"):
-        with autocast(model.device):
-            mean, _ = model.first_stage.encode(torch.from_numpy(image)[None].to(model.device))
-            decoded = model.decode(model.latent_space.to_scaled(mean.float()))  # (1, C, *S)
+    for image, row in zip(track(real, "reconstructing"), rows, strict=True):
+        decoded = model.reconstruct(torch.from_numpy(image)[None], [row])  # (1, C, *S)
         rebuilt.append(decoded[0].clamp(*value_range).cpu().numpy())
     return rebuilt
 
@@ -190,9 +189,9 @@ def quality(
 
 
 def diversity(
-    model: LatentDiffusionModel,
+    model: Generative,
     real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray] | None,
     rows: Sequence[dict[str, Any]],
     samples: Sequence[np.ndarray],
     n: int,
@@ -211,7 +210,8 @@ def diversity(
     if asked > 1:
         pairs = nearest_pairs(codes[:asked])
         result["real, nearest covariates"] = spread(real, pairs, value_range)
-        result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
+        if rebuilt is not None:
+            result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
         result["samples asked as these"] = spread(samples, pairs, value_range)
     if repeated:
         same = [(i, n + i) for i in range(repeated)]
@@ -221,7 +221,7 @@ def diversity(
 
 def fidelity(
     instrument: Instrument,
-    model: LatentDiffusionModel,
+    model: Generative,
     real: Sequence[np.ndarray],
     rows: Sequence[dict[str, Any]],
     samples: Sequence[np.ndarray],
@@ -246,7 +246,7 @@ def fidelity(
 
 def mask_agreement(
     config: DictConfig,
-    model: LatentDiffusionModel,
+    model: Generative,
     records: Sequence[Record],
     real: Sequence[np.ndarray],
     rebuilt: Sequence[np.ndarray],
@@ -317,9 +317,11 @@ def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple
         figures.mosaic(images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
 
 
-def training_curves(config: DictConfig) -> dict[str, Path]:
-    """Curves that the two stages left beside their models."""
-    folders = {"first stage": Path(config.first_stage).parent, "diffusion": Path(config.model).parent}
+def training_curves(model: Generative, config: DictConfig) -> dict[str, Path]:
+    """Curves that the trainings left beside their models."""
+    folders = {model.what: Path(config.model).parent}
+    if hasattr(model, "first_stage"):
+        folders = {"first stage": Path(config.first_stage).parent, **folders}
     return {
         name: folder / "figures" / "curves.png"
         for name, folder in folders.items()

@@ -23,6 +23,7 @@ VERBS = {
     "check": "read every file of a cohort and report all faults",
     "train-vae": "train the first stage",
     "train-ldm": "train the diffusion model on the first stage's latents",
+    "train-gan": "train a GAN on the images, to compare with",
     "ema": "make the moving average of another length from a training's snapshots",
     "train-segmenter": "train the network that measures volumes in images",
     "train-predictor": "train the network that reads covariates from images",
@@ -30,6 +31,7 @@ VERBS = {
     "sample": "draw images with asked covariates",
     "edit": "change an image, go from one to another, or fill in a region",
     "evaluate": "measure samples against what was asked, and write a report",
+    "compare": "measure models of one cohort alike, in one table",
 }
 USAGE = "usage: ldm VERB [key=value ...]\n\n{verbs}\n\n`ldm VERB --help` explains a verb and lists its settings.\n"
 

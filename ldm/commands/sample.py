@@ -20,8 +20,9 @@ from ldm.data.images import read, split_reference
 from ldm.data.table import Table, read_table
 from ldm.errors import LdmError, nearest
 from ldm.model.file import read_header
+from ldm.model.generative import Generative
 from ldm.model.inputs import Inputs
-from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.load import load_generative
 from ldm.model.output import write_samples
 from ldm.training import figures
 from ldm.training.panels import describe
@@ -58,14 +59,14 @@ def run(config: DictConfig) -> list[Path]:
     return paths
 
 
-def load_model(config: DictConfig) -> tuple[LatentDiffusionModel, Path]:
+def load_model(config: DictConfig) -> tuple[Generative, Path]:
     """The model on the fastest device."""
-    path = require_file(config.model, "diffusion model", "train-ldm")
-    return LatentDiffusionModel.load(path, "cuda" if torch.cuda.is_available() else "cpu"), path
+    path = require_file(config.model, "model", "train-ldm")
+    return load_generative(path, "cuda" if torch.cuda.is_available() else "cpu"), path
 
 
 def draw(
-    model: LatentDiffusionModel,
+    model: Generative,
     path: Path,
     out: Path,
     rows: Sequence[Mapping[str, Any]],
@@ -73,6 +74,7 @@ def draw(
     inputs: Inputs | None = None,
 ) -> list[Path]:
     """Write one sample a row and its inputs, with a progress bar."""
+    expect_known_options(model, config)
     options = sampling_options(config)
     files = files_sha256(inputs) if inputs else {}
     provenance = provenance_of(model, path, {**vars(model.defaults), **options}, config.get("precision", "auto"), files)
@@ -93,7 +95,7 @@ def draw(
 
 
 def provenance_of(
-    model: LatentDiffusionModel, path: Path, sampling: Mapping[str, Any], precision: str, files: Mapping[str, str]
+    model: Generative, path: Path, sampling: Mapping[str, Any], precision: str, files: Mapping[str, str]
 ) -> dict[str, Any]:
     """What images depend on beside what is asked of each: model, sampling, and the hashes of the files given."""
     return {
@@ -112,6 +114,19 @@ def sampling_options(config: DictConfig) -> dict[str, Any]:
     return options if config.get("eta") is None else options | {"options": {"eta": config.eta}}
 
 
+def expect_known_options(model: Generative, config: DictConfig) -> None:
+    """Refuse what the model has no choice of, by the name that was typed.
+
+    Raises:
+        LdmError: such as steps of a GAN.
+    """
+    known = vars(model.defaults)
+    for key, name in {**OPTIONS, "eta": "options"}.items():
+        if config.get(key) is not None and name not in known:
+            legal = ", ".join(one for one, other in OPTIONS.items() if other in known) or "none"
+            raise LdmError(f"{key} is no sampling option of the {model.what}; legal: {legal}.")
+
+
 def asked_table(covariates: Any) -> Table | None:
     """The table that ``covariates`` names; None where it is a mapping, a list of mappings or nothing.
 
@@ -126,7 +141,7 @@ def asked_table(covariates: Any) -> Table | None:
 
 
 def asked_rows(
-    covariates: Any, table: Table | None, model: LatentDiffusionModel, inputs: Mapping[str, Any]
+    covariates: Any, table: Table | None, model: Generative, inputs: Mapping[str, Any]
 ) -> list[dict[str, Any]] | None:
     """Rows of a table, of one mapping or of a list of mappings; None stays None.
 
@@ -209,7 +224,7 @@ def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequen
             )
 
 
-def mosaic_of(model: LatentDiffusionModel, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
+def mosaic_of(model: Generative, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
     """A picture of written samples, as a viewer would show the files."""
     shown = [read(path, spatial_dims=model.preprocessing.spatial_dims).array for path in paths]
     titles, rgb = [describe(row) for row in rows[: len(shown)]], model.preprocessing.is_rgb

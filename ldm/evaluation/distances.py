@@ -24,6 +24,7 @@ from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_inte
 from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd
 from ldm.metrics.neighbours import precision_recall_density_coverage
 from ldm.model.file import package_versions
+from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import as_written
 from ldm.networks.autoencoder import AutoencoderKL
@@ -39,15 +40,15 @@ FLOOR = "held-out images"
 CONTROL = "held-out images, blurred"
 RECONSTRUCTED = "held-out images, reconstructed"
 PRIOR = "first stage alone: decoded draws of N(0, I)"
-SAMPLES = "samples of the diffusion model"
+SAMPLES = "samples of the model"
 
 
 def model_distances(
     network: FeatureNetwork,
-    model: LatentDiffusionModel,
+    model: Generative,
     datamodule: CohortDataModule,
     real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray] | None,
     samples: Sequence[np.ndarray],
     n_ref: int = 1000,
     seed: int = 0,
@@ -62,7 +63,7 @@ def model_distances(
         network: see :mod:`ldm.evaluation.features`.
         model: what is evaluated.
         datamodule: its cohort.
-        real, rebuilt: held-out images and their reconstructions, each ``(C, *S)``.
+        real, rebuilt: held-out images and their reconstructions, each ``(C, *S)``; None of a model that cannot.
         samples: asked with the covariates of ``real`` in turn.
         n_ref: size of the reference.
         seed: of the reference, the draws and the resamples.
@@ -81,9 +82,10 @@ def model_distances(
     sets: dict[str, Iterable[np.ndarray]] = {
         FLOOR: map(written, real[:n]),
         CONTROL: (written(blurred(image)) for image in real[:n]),
-        RECONSTRUCTED: map(written, rebuilt[:n]),
     }
-    if isinstance(model.first_stage, AutoencoderKL):
+    if rebuilt is not None:
+        sets[RECONSTRUCTED] = map(written, rebuilt[:n])
+    if isinstance(getattr(model, "first_stage", None), AutoencoderKL):
         sets[PRIOR] = map(written, prior_images(model, n, seed))
     sets[SAMPLES] = samples[:n]
     return compare(

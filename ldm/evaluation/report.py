@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ldm.evaluation import masks
-from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.generative import Generative
 
 CAPTIONS = {
     "samples.png": "Samples, asked with the covariates of held-out subjects: axial, coronal and sagittal centre plane.",
@@ -21,7 +21,7 @@ CAPTIONS = {
 
 def write_report(
     path: Path,
-    model: LatentDiffusionModel,
+    model: Generative,
     metrics: Mapping[str, Any],
     figures: Path,
     curves: Mapping[str, Path],
@@ -49,6 +49,7 @@ def write_report(
         verdict=verdict(metrics),
         distances=metrics.get("distances"),
         masks=metrics.get("mask_dice"),
+        what=model.what,
         mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
         values=values,
         levels=levels,
@@ -96,23 +97,23 @@ def _write(path: Path, page: str) -> Path:
 
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in plain sentences."""
-    reconstruction = metrics["reconstruction"]
-    lines = [
-        f"The first stage reconstructs {reconstruction['n']} held-out images with a PSNR of "
-        f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
-    ]
+    lines, reconstruction = [], metrics.get("reconstruction")
+    if reconstruction is not None:
+        lines.append(
+            f"The model reconstructs {reconstruction['n']} held-out images with a PSNR of "
+            f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
+        )
     lines += [_verdict_on(name, entry) for name, entry in metrics.get("fidelity", {}).items()]
     lines += masks_in_words(metrics.get("mask_dice", {}).get("labels", {}))
     spread = metrics["diversity"]
     if "samples asked as these" in spread:
-        real, rebuilt, drawn = (
-            spread[name]["ms_ssim"]["mean"]
-            for name in ("real, nearest covariates", "the same, reconstructed", "samples asked as these")
-        )
+        alike = {name: values["ms_ssim"]["mean"] for name, values in spread.items()}
+        rebuilt = alike.get("the same, reconstructed")
+        between = "" if rebuilt is None else f" after reconstruction, which takes detail away, {rebuilt:.3f};"
         lines.append(
-            f"Two held-out subjects with like covariates have an MS-SSIM of {real:.3f}; after reconstruction by the "
-            f"first stage, which takes noise and fine detail away, {rebuilt:.3f}; two samples asked with their "
-            f"covariates {drawn:.3f}. Higher is more alike."
+            f"Two held-out subjects with like covariates have an MS-SSIM of {alike['real, nearest covariates']:.3f};"
+            f"{between} two samples asked with their covariates {alike['samples asked as these']:.3f}. Higher is more "
+            "alike."
         )
     return lines + (distances_in_words(metrics["distances"]) if "distances" in metrics else [])
 

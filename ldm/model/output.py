@@ -19,8 +19,8 @@ from ldm.data import images
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.model.file import package_versions
+from ldm.model.generative import Generative
 from ldm.model.inputs import Inputs
-from ldm.model.latent_diffusion import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ WRITTEN = "written"  # when and by which versions, which may change from one ses
 
 
 def write_samples(
-    model: LatentDiffusionModel,
+    model: Generative,
     out: Path,
     rows: Sequence[Mapping[str, Any]],
     seed: int,
@@ -53,7 +53,7 @@ def write_samples(
         model: what samples.
         out: folder; made if it is not there.
         rows: covariates asked for, one row a sample.
-        seed, batch_size, precision: see :meth:`LatentDiffusionModel.sample_batches`.
+        seed, batch_size, precision: see :meth:`Generative.sample_batches`.
         provenance: what the samples depend on; a folder with another provenance is refused.
         options: sampling options that differ from the model's defaults.
         progress: called with the number of finished samples.
@@ -80,7 +80,7 @@ def write_samples(
 
 
 def write_request(
-    model: LatentDiffusionModel,
+    model: Generative,
     out: Path,
     rows: Sequence[Mapping[str, Any]],
     seed: int,
@@ -129,7 +129,7 @@ def sample_name(index: int) -> str:
     return f"sub-{index + 1:06d}"
 
 
-def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]:
+def image_paths(model: Generative, out: Path, name: str) -> list[Path]:
     """Files of one sample: one a channel, or one RGB picture."""
     suffix = ".nii.gz" if model.preprocessing.spatial_dims == 3 else ".png"
     channels = model.preprocessing.channels
@@ -138,7 +138,7 @@ def image_paths(model: LatentDiffusionModel, out: Path, name: str) -> list[Path]
     return [out / f"{name}_{channel}{suffix}" for channel in channels]
 
 
-def write_image(model: LatentDiffusionModel, image: np.ndarray, paths: Sequence[Path]) -> None:
+def write_image(model: Generative, image: np.ndarray, paths: Sequence[Path]) -> None:
     """Write an image ``(C, *S)`` in the cohort's space, its channels shared out to the files, each atomically."""
     for path, channels in zip(paths, np.split(image, len(paths)), strict=True):
         images.write(path, model.preprocessing.restore(channels))
@@ -170,7 +170,7 @@ def as_written(preprocessing: Preprocessing, image: np.ndarray) -> np.ndarray:
 
 
 def write_table(
-    model: LatentDiffusionModel,
+    model: Generative,
     out: Path,
     names: Sequence[str],
     rows: Sequence[Mapping[str, Any]],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ldm.errors import LdmError, nearest
+from ldm.networks.frozen import without_own_gradients
 
 ADVERSARIAL_LOSSES = ("least_squares", "hinge")
 
@@ -57,11 +54,7 @@ class Discriminator(nn.Module):
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """How clearly ``fake`` is told apart; its gradient reaches ``fake`` and never this network's weights."""
-        detached: Mapping[str, Any] = {
-            **{name: parameter.detach() for name, parameter in self.named_parameters()},
-            **dict(self.named_buffers()),
-        }
-        score = functional_call(self, detached, (fake,))
+        score = without_own_gradients(self, fake)
         return (score - 1).square().mean() if self.loss == "least_squares" else -score.mean()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:

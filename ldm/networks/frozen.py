@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.func import functional_call
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -23,6 +24,12 @@ def freeze(module: nn.Module) -> nn.Module:
     module.__deepcopy__ = types.MethodType(_stay_one, module)
     module.is_frozen = True
     return module
+
+
+def without_own_gradients(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """``module(*arguments)`` whose gradient reaches the arguments and never the module's parameters."""
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return functional_call(module, {**tensors, **dict(module.named_buffers())}, arguments, options)
 
 
 def frozen_tensors(module: nn.Module) -> set[str]:

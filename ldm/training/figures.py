@@ -51,6 +51,36 @@ def mosaic(
     return _save(figure, path)
 
 
+def mosaic_rows(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    path: Path,
+    titles: Sequence[str],
+    value_range: tuple[float, float] | None = (0.0, 1.0),
+    rgb: bool = False,
+) -> Path:
+    """A named row of images ``(C, *S)`` for each set, first channel, with its centre planes; columns belong together.
+
+    Args:
+        rows: name -> images, the same number in each.
+        titles: one a column.
+        value_range: black and white; None takes each image's own.
+        rgb: the three channels are the colours of a picture.
+    """
+    strips = [[_colours(image, value_range) if rgb else _strip(image[0]) for image in row] for row in rows.values()]
+    height, width = strips[0][0].shape[:2]
+    figure = Figure(figsize=(1.2 * width / height * len(titles) + 1, 1.25 * len(strips) + 0.2))
+    axes = figure.subplots(len(strips), len(titles), squeeze=False)
+    low, high = value_range or (None, None)
+    for name, line, images in zip(rows, axes, strips, strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name, fontsize=7)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=6, pad=2)
+    return _save(figure, path)
+
+
 def reconstruction_panel(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     path: Path,

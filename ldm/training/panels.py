@@ -47,11 +47,19 @@ class ReconstructionPanels(FigureCallback):
     Args:
         folder: run folder.
         rgb: the images are RGB pictures.
+        group: of the panels.
+        drawn: metrics whose curves are drawn; none leaves them to another callback.
     """
 
-    def __init__(self, folder: Path, rgb: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rgb: bool = False,
+        group: str = "vae",
+        drawn: Sequence[str] = ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"),
+    ) -> None:
         super().__init__(folder)
-        self.rgb = rgb
+        self.rgb, self.group, self.drawn = rgb, group, tuple(drawn)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the cases that the module kept."""
@@ -61,12 +69,13 @@ class ReconstructionPanels(FigureCallback):
         path = figures.reconstruction_panel(
             pairs, self.folder / f"reconstruction_{module.step:07d}.png", module.image_range, self.rgb
         )
-        self.publish(trainer, "vae/reconstruction", path, module.step)
-        self.curves(self.folder, ("vae/train/loss", "vae/val/psnr", "vae/val/ssim", "vae/val/kl"))
+        self.publish(trainer, f"{self.group}/reconstruction", path, module.step)
+        if self.drawn:
+            self.curves(self.folder, self.drawn)
 
 
 class SamplePanels(FigureCallback):
-    """Fixed-seed samples and the conditioning test, every validation of the second stage.
+    """Fixed-seed samples and the conditioning test, every validation of a model that draws images.
 
     The conditioning test asks for the low and the high end of one covariate with the noise fixed. It logs the
     response, the root-mean-square change of the image over that between two noise seeds, and, for covariates
@@ -76,29 +85,33 @@ class SamplePanels(FigureCallback):
     Args:
         folder: run folder.
         rows: covariate rows of the fixed samples, from held-out subjects.
-        steps: network calls a sample.
+        steps: network calls a sample; None for a model that has no choice.
         measure: function of an image ``(C, *S)`` giving ``{covariate: value or level}``, or None.
         inputs: label maps and images of the same subjects, where the model is conditioned on them.
+        group: of the panels and metrics.
+        drawn: metrics whose curves are drawn.
     """
 
     def __init__(
         self,
         folder: Path,
         rows: Sequence[Mapping[str, Any]],
-        steps: int,
+        steps: int | None,
         measure: Callable[[np.ndarray], Mapping[str, float | str]] | None = None,
         inputs: Mapping[str, Sequence[Any]] | None = None,
+        group: str = "ldm",
+        drawn: Sequence[str] = ("ldm/train/loss", "ldm/val/loss"),
     ) -> None:
         super().__init__(folder)
         self.rows, self.steps, self.measure = list(rows), steps, measure
-        self.inputs = dict(inputs or {})
+        self.inputs, self.group, self.drawn = dict(inputs or {}), group, tuple(drawn)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Sample, draw, measure."""
         if not trainer.is_global_zero or not self.rows:
             return
         model = module.model.eval()
-        samples = model.sample(self.rows, seed=0, num_inference_steps=self.steps, **self.inputs)
+        samples = model.sample(self.rows, seed=0, **_steps(self.steps), **self.inputs)
         path = figures.mosaic(
             samples.images,
             self.folder / f"samples_{module.step:07d}.png",
@@ -106,25 +119,25 @@ class SamplePanels(FigureCallback):
             model.preprocessing.value_range,
             rgb=model.preprocessing.is_rgb,
         )
-        self.publish(trainer, "ldm/samples", path, module.step)
+        self.publish(trainer, f"{self.group}/samples", path, module.step)
         metrics = conditioning_test(model, len(self.rows), self.steps, self.measure, self.inputs)
-        module.record({f"ldm/val/{name}": value for name, value in metrics.items()})
-        self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss"))
+        module.record({f"{self.group}/val/{name}": value for name, value in metrics.items()})
+        self.curves(self.folder, self.drawn)
 
 
 def conditioning_test(
     model: Any,
     n: int,
-    steps: int,
+    steps: int | None,
     measure: Callable[[np.ndarray], Mapping[str, float | str]] | None = None,
     inputs: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, float]:
     """Vary one covariate at a time with the noise fixed; see :class:`SamplePanels`.
 
     Args:
-        model: a :class:`ldm.model.latent_diffusion.LatentDiffusionModel`.
+        model: a :class:`ldm.model.generative.Generative`.
         n: noise seeds.
-        steps: network calls a sample.
+        steps: network calls a sample; None for a model that has no choice.
         measure, inputs: see :class:`SamplePanels`.
     """
     results: dict[str, float] = {}
@@ -135,8 +148,7 @@ def conditioning_test(
         else:
             ends = (covariate.levels[0], covariate.levels[-1])
         first, last = (
-            model.sample({covariate.name: end}, n=n, seed=0, num_inference_steps=steps, **(inputs or {})).images
-            for end in ends
+            model.sample({covariate.name: end}, n=n, seed=0, **_steps(steps), **(inputs or {})).images for end in ends
         )
         change = float(np.sqrt(np.mean((last - first) ** 2)))
         between = float(np.sqrt(np.mean((first - np.roll(first, 1, axis=0)) ** 2)))
@@ -146,6 +158,10 @@ def conditioning_test(
             measured = [[measure(image).get(covariate.name) for image in images] for images in (first, last)]
             results |= _obedience(covariate, ends, measured)
     return results
+
+
+def _steps(steps: int | None) -> dict[str, int]:
+    return {} if steps is None else {"num_inference_steps": steps}
 
 
 def _obedience(

@@ -17,7 +17,7 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
-    for group in ("data", "vae", "ldm", "schedule", "segmenter", "predictor", "trainer", "logger")
+    for group in ("data", "vae", "ldm", "gan", "schedule", "segmenter", "predictor", "trainer", "logger")
     for file in (conf_dir() / group).glob("*.yaml")
     if file.stem != "base"
 )
@@ -34,6 +34,7 @@ def test_every_option_composes_with_every_verb(option):
             config = compose(verb, [option, "data.root=somewhere"])
             OmegaConf.to_container(config.trainer, resolve=True)
             OmegaConf.to_container(config.ldm, resolve=True)
+            OmegaConf.to_container(config.gan, resolve=True)
 
 
 @pytest.fixture(scope="module")

@@ -96,3 +96,12 @@ def test_the_codes_of_the_lecture_have_432_numbers(ldm, array, tmp_path):
         assert not code, text
     header = read_header(tmp_path / "runs/mednist_vae/mednist48_lecture/ldm/model.safetensors")
     assert np.prod(header["latent_shape"]) == 432
+
+
+def test_the_gans_see_the_prepared_pictures_of_the_diffusion_model(ldm, pictures, tmp_path):
+    code, text = ldm("train-gan", "experiment=mednist_gan/vaegan", *FAST, "gan.batch_size=4", "gan.val_samples=1")
+    assert not code, text
+    header = read_header(tmp_path / "runs/mednist_ldm/mednist/vaegan/model.safetensors")
+    assert header["network"]["image_size"] == [64, 64]
+    assert list(header["schema"]) == ["class"]
+    assert (tmp_path / "runs/mednist_ldm/mednist/cache").is_dir()

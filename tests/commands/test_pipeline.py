@@ -232,5 +232,5 @@ def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, 
     assert distances["protocol"]["n"] == 4
     assert len(distances["rows"]) == 5
     page = (tmp_path / "evaluation/report.html").read_text()
-    assert "samples of the diffusion model</td>" in page
+    assert "samples of the model</td>" in page
     assert "training split" in page

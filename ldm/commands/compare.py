@@ -1,0 +1,354 @@
+"""``ldm compare``: the table of a cohort, real images and models side by side, measured alike."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from ldm.commands.evaluate import expect_a_split, held_out, read_sample
+from ldm.commands.run import plain
+from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
+from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
+from ldm.data.cache import content_hash
+from ldm.data.datamodule import CohortDataModule
+from ldm.data.draft import Record
+from ldm.errors import LdmError, nearest
+from ldm.evaluation.comparison import Measure, Row, markdown
+from ldm.evaluation.distances import (
+    CONTROL,
+    FLOOR,
+    PRIOR,
+    RECONSTRUCTED,
+    SMALLEST,
+    blurred,
+    compare,
+    prior_images,
+)
+from ldm.evaluation.features import FeatureNetwork, check_features, find_features
+from ldm.evaluation.instruments import find_instrument
+from ldm.model import gan, latent_diffusion
+from ldm.model.file import read_header
+from ldm.model.generative import Generative
+from ldm.model.load import MODELS, load_generative
+from ldm.model.output import as_written, image_paths, sample_name
+from ldm.training import figures
+from ldm.training.panels import describe
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 8  # columns of the picture
+REFERENCE = "training images"
+PREPARED = ("orientation", "spacing", "shape", "intensity")  # what all models have to share with the cohort
+ENTRY_KEYS = ("path", *OPTIONS, "eta")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is compared, as asked for.
+
+    Attributes:
+        name: of its row.
+        path: its file.
+        options: of sampling, by the names of ``ldm sample``.
+        header: of its file.
+    """
+
+    name: str
+    path: Path
+    options: Mapping[str, Any]
+    header: Mapping[str, Any] = field(repr=False)
+
+    @functools.cached_property
+    def model(self) -> Generative:
+        """The model, read when it is first needed."""
+        return load_generative(self.path, "cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its images depend on."""
+        return {"model": self.header["tensors_sha256"], "options": dict(self.options)}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out subjects that every row stands for: images ``(C, *S)``, covariates and records, N each."""
+
+    images: Sequence[np.ndarray]
+    rows: Sequence[dict[str, Any]]
+    records: Sequence[Record]
+
+    @classmethod
+    def choose(cls, datamodule: CohortDataModule, channels: Sequence[str], n: int | None, seed: int) -> HeldOut:
+        """``n`` of them at random, all if None.
+
+        Raises:
+            LdmError: there are too few.
+        """
+        images, rows, records = held_out(datamodule, channels)
+        if n is not None and not SMALLEST <= n <= len(images):
+            raise LdmError(f"n is {n}; legal: {SMALLEST} up to the number of held-out images, {len(images)}.")
+        if len(images) < SMALLEST:
+            raise LdmError(f"A comparison needs {SMALLEST} held-out images; there are {len(images)}. See data.split.")
+        order = np.random.default_rng(seed).permutation(len(images))[:n]
+        return cls(*([values[i] for i in order] for values in (images, rows, records)))
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Measure every row and write ``compare.json``, ``compare.md`` and ``compare.png``; returns the table."""
+    entries = read_entries(config.models)
+    network = find_features(plain(config.features), "cuda" if torch.cuda.is_available() else "cpu")
+    if network is None:
+        raise LdmError(f"features.path={config.features.path}: without it nothing can be compared.")
+    datamodule, folder = prepared(cohort_datamodule(config)), Path(config.run_dir)
+    check_entries(entries, datamodule, network)
+    subjects = HeldOut.choose(datamodule, entries[0].header["preprocessing"]["channels"], config.n, config.seed)
+    measure = build_measure(config, datamodule, network, subjects, folder / "rows")
+    reference = reference_row(measure, entries[0].model, datamodule, config.n_ref, config.seed)
+    rows = measure_rows(measure, entries, subjects, config, folder)
+    table = compare(
+        reference.features,
+        {name: row.features for name, row in rows.items()},
+        FLOOR,
+        CONTROL,
+        protocol(config, datamodule, network, subjects, len(reference.features)),
+        config.seed,
+    )
+    for name, row in rows.items():
+        table["rows"][name] |= row.facts
+    write_text(folder / "compare.json", json.dumps(table, indent=1))
+    write_text(folder / "compare.md", markdown(table))
+    picture(entries, measure, subjects, config, folder)
+    logger.info("The table, and a row of samples of every model at the same covariates: %s", folder / "compare.md")
+    return table
+
+
+# --- models -----------------------------------------------------------------------------------------
+
+
+def read_entries(models: DictConfig | None) -> list[Entry]:
+    """The models that are asked for: name -> file, or name -> {path: file, steps: 10, ...}.
+
+    Raises:
+        LdmError: none, an unknown key, or a file that is no model that draws images.
+    """
+    entries = []
+    for name, given in (plain(models) if models else {}).items():
+        options = dict(given) if isinstance(given, Mapping) else {"path": given}
+        for key in options:
+            if key not in ENTRY_KEYS:
+                hint = nearest(key, ENTRY_KEYS)
+                raise LdmError(f"models.{name}.{key} is not a setting.{hint} Legal: {', '.join(ENTRY_KEYS)}.")
+        if not options.get("path"):
+            raise LdmError(f"models.{name} names no file; give a path, or {{path: FILE, steps: 10}}.")
+        path = Path(options.pop("path"))
+        if not path.is_file():
+            raise LdmError(f"models.{name}: there is no model file {path}.")
+        header = read_header(path)
+        kind = header.get("kind")
+        if kind not in MODELS:
+            raise LdmError(f"models.{name}: {path} holds a model of kind '{kind}', which draws no images.")
+        if name in (FLOOR, CONTROL, RECONSTRUCTED, PRIOR, REFERENCE):
+            raise LdmError(f"models.{name}: another row has this name; choose another.")
+        entries.append(Entry(str(name), path, options, header))
+    if not entries:
+        raise LdmError("models is empty: name files, e.g. models='{LDM: FILE, LDM 10 steps: {path: FILE, steps: 10}}'.")
+    return entries
+
+
+def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, network: FeatureNetwork) -> None:
+    """Refuse models of another split or of images that were prepared otherwise, and options that they do not know.
+
+    Raises:
+        LdmError: naming the model.
+    """
+    ours, channels = datamodule.preprocessing.to_dict(), entries[0].header["preprocessing"]["channels"]
+    for entry in entries:
+        expect_a_split(entry.model, entry.path)
+        theirs = entry.header["preprocessing"]
+        if entry.header["split_sha256"] != datamodule.cohort.split_hash:
+            raise LdmError(
+                f"models.{entry.name}: was trained on another split of the cohort than data.split gives now; its "
+                "training subjects could be among the held-out ones. Use the same data settings as for training."
+            )
+        differing = [part for part in PREPARED if ours[part] != theirs[part]]
+        if differing or theirs["channels"] != channels:
+            said = "; ".join(f"{part} {theirs[part]} there, {ours[part]} here" for part in differing)
+            said = said or f"channels {theirs['channels']}, {channels} of {entries[0].name}"
+            raise LdmError(f"models.{entry.name}: was trained on images that were prepared otherwise ({said}).")
+        expect_known_options(entry.model, OmegaConf.create(dict(entry.options)))
+        entry.model.settings(sampling_options(OmegaConf.create(dict(entry.options))))
+    cohort = datamodule.cohort
+    check_features(network, entries[0].model.preprocessing, cohort.name, cohort.split_hash)
+
+
+# --- rows -------------------------------------------------------------------------------------------
+
+
+def build_measure(
+    config: DictConfig, datamodule: CohortDataModule, network: FeatureNetwork, subjects: HeldOut, folder: Path
+) -> Measure:
+    """What all rows share, and what they are kept under."""
+    instrument = plain(config.data).get("instrument")
+    path = (instrument or {}).get("path")
+    found = find_instrument(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
+    value_range = datamodule.preprocessing.value_range
+    if value_range is None:
+        value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))
+    key = {
+        "features": network.identity["sha256"],
+        "instrument": None if found is None else instrument,
+        "instrument_sha256": read_header(path)["tensors_sha256"] if path and found is not None else None,
+        "preprocessing": datamodule.preprocessing.fingerprint(),
+        "split": datamodule.cohort.split_hash,
+        "records": content_hash(datamodule.cohort.records),
+        "subjects": [record.id for record in subjects.records],
+        "seed": config.seed,
+    }
+    return Measure(network, found, datamodule.schema, subjects.rows, value_range, folder, key)
+
+
+def reference_row(measure: Measure, model: Generative, datamodule: CohortDataModule, n_ref: int, seed: int) -> Row:
+    """The training images that all rows are measured against."""
+    train = datamodule.dataset("train")
+    chosen = np.random.default_rng(seed).permutation(len(train))[:n_ref]
+    if len(chosen) < SMALLEST:
+        raise LdmError(f"A comparison needs {SMALLEST} training images and n_ref of at least as many.")
+    channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
+
+    def images() -> list[np.ndarray]:
+        whole = (train[position]["image"][channels].numpy() for position in chosen)
+        return [as_written(model.preprocessing, image) for image in track(whole, REFERENCE, total=len(chosen))]
+
+    return measure.row(REFERENCE, {"n_ref": len(chosen)}, images, covariates=False)
+
+
+def measure_rows(
+    measure: Measure, entries: Sequence[Entry], subjects: HeldOut, config: DictConfig, folder: Path
+) -> dict[str, Row]:
+    """Real images, models, what first stages keep and make, and the control, in this order."""
+    written = functools.partial(as_written, entries[0].model.preprocessing)
+    rows = {FLOOR: measure.row(FLOOR, {}, lambda: [written(image) for image in subjects.images])}
+    for entry in entries:
+        logger.info("%s: %s", entry.name, entry.path)
+        rows[entry.name] = model_row(measure, entry, subjects, config, folder)
+    sources = reconstructing(entries)
+    for entry in sources:
+        suffix = f" ({entry.name})" if len(sources) > 1 else ""
+        rows |= first_stage_rows(measure, entry, subjects, suffix, config.seed)
+    rows[CONTROL] = measure.row(CONTROL, {}, lambda: [written(blurred(image)) for image in subjects.images])
+    return rows
+
+
+def model_row(measure: Measure, entry: Entry, subjects: HeldOut, config: DictConfig, folder: Path) -> Row:
+    """Samples of one model at the covariates of the subjects, through files; and how long one takes."""
+    key = {**entry.key, "batch_size": config.batch_size}
+
+    def images() -> list[np.ndarray]:
+        return read_samples(measure, entry, subjects, config, folder, range(len(subjects.rows)))
+
+    def further() -> dict[str, Any]:
+        return {"seconds_a_sample": seconds_a_sample(entry, subjects, config.batch_size)}
+
+    return measure.row(entry.name, key, images, further=further)
+
+
+def read_samples(
+    measure: Measure, entry: Entry, subjects: HeldOut, config: DictConfig, folder: Path, numbers: Sequence[int]
+) -> list[np.ndarray]:
+    """Samples of a model as their files hold them, ``(C, *S)`` each; draws what has no file yet."""
+    out = folder / "samples" / measure.file_name(entry.name, {**entry.key, "batch_size": config.batch_size})
+    asked = OmegaConf.create({"seed": config.seed, "batch_size": config.batch_size, **entry.options})
+    inputs = record_inputs(entry.header.get("conditioners", {}), subjects.records)
+    draw(entry.model, entry.path, out, [dict(row) for row in subjects.rows], asked, inputs)
+    return [read_sample(entry.model, image_paths(entry.model, out, sample_name(i))) for i in numbers]
+
+
+def seconds_a_sample(entry: Entry, subjects: HeldOut, batch_size: int) -> float:
+    """Time of one batch over its size, on this machine; the second batch, as the first has to warm up."""
+    options, rows = sampling_options(OmegaConf.create(dict(entry.options))), subjects.rows[:batch_size]
+    given = record_inputs(entry.header.get("conditioners", {}), subjects.records[:batch_size])
+    for _ in range(2):
+        start = time.perf_counter()
+        for _batch in entry.model.sample_batches(rows, range(len(rows)), 0, len(rows), inputs=given, **options):
+            pass
+        seconds = time.perf_counter() - start
+    return seconds / len(rows)
+
+
+def reconstructing(entries: Sequence[Entry]) -> list[Entry]:
+    """One model of each first stage that is no identity, and every VAE-GAN."""
+    found = {}
+    for entry in entries:
+        first_stage = entry.header.get("first_stage", {}).get("kind")
+        if first_stage == "autoencoder_kl":
+            found.setdefault(entry.header["first_stage_sha256"], entry)
+        elif entry.header["kind"] == gan.KIND and entry.model.reconstructs:
+            found.setdefault(entry.header["tensors_sha256"], entry)
+    return list(found.values())
+
+
+def first_stage_rows(measure: Measure, entry: Entry, subjects: HeldOut, suffix: str, seed: int) -> dict[str, Row]:
+    """Reconstructions, and what a first stage makes of draws of N(0, I); those of a VAE-GAN are its samples."""
+    model, written = entry.model, functools.partial(as_written, entry.model.preprocessing)
+
+    def rebuilt() -> list[np.ndarray]:
+        pairs = track(list(zip(subjects.images, subjects.rows, strict=True)), "reconstructing")
+        images = (model.reconstruct(torch.from_numpy(image)[None], [row]) for image, row in pairs)
+        return [written(image[0].clamp(*measure.value_range).float().cpu().numpy()) for image in images]
+
+    key = {"model": entry.header.get("first_stage_sha256", entry.header["tensors_sha256"])}
+    rows = {f"{RECONSTRUCTED}{suffix}": measure.row(RECONSTRUCTED, key, rebuilt)}
+    if entry.header["kind"] == latent_diffusion.KIND:
+        drawn = map(written, prior_images(model, len(subjects.rows), seed))  # lazy: decoded if the row is not there yet
+        rows[f"{PRIOR}{suffix}"] = measure.row(PRIOR, key, lambda: drawn, covariates=False)
+    return rows
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+
+def protocol(
+    config: DictConfig, datamodule: CohortDataModule, network: FeatureNetwork, subjects: HeldOut, references: int
+) -> dict[str, Any]:
+    """Everything that the numbers depend on beside the models."""
+    batch, device = min(config.batch_size, len(subjects.rows)), "CUDA" if torch.cuda.is_available() else "CPU"
+    return {
+        "cohort": datamodule.cohort.name,
+        "features": network.identity,
+        "reference": {"images": "training split", "n": references, "of": len(datamodule.dataset("train"))},
+        "images": "as written to files and read again, at the covariates of held-out subjects",
+        "image_size": list(subjects.images[0].shape),
+        "seconds_a_sample": f"batches of {batch} on {torch.get_num_threads()} threads, {device}",
+    }
+
+
+def picture(entries: Sequence[Entry], measure: Measure, subjects: HeldOut, config: DictConfig, folder: Path) -> Path:
+    """A row of real images, and one of samples at the same covariates for every model."""
+    count, model = len(subjects.rows), entries[0].model
+    shown = sorted({round(i) for i in np.linspace(0, count - 1, min(SHOWN, count))})
+    rows = {"real": [subjects.images[i] for i in shown]}
+    for entry in entries:
+        rows[entry.name] = read_samples(measure, entry, subjects, config, folder, shown)
+    titles = [describe(subjects.rows[i]) for i in shown]
+    rgb = model.preprocessing.is_rgb
+    return figures.mosaic_rows(rows, folder / "compare.png", titles, measure.value_range, rgb)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

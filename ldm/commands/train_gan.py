@@ -1,0 +1,121 @@
+"""``ldm train-gan``: the GAN baselines, on the same cohort as the diffusion model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from ldm.commands.run import plain, write_config
+from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
+from ldm.data.datamodule import CohortDataModule
+from ldm.evaluation.instruments import find_instrument
+from ldm.model.gan import GAN
+from ldm.training.fit import check_trainer, fit
+from ldm.training.gan import LSGAN, MODULES
+from ldm.training.panels import FigureCallback, ReconstructionPanels, SamplePanels
+
+logger = logging.getLogger(__name__)
+
+DRAWN = ("gan/train/adversarial", "gan/train/discriminator", "gan/val/pooled_kid", "gan/val/psnr")
+
+
+def run(config: DictConfig) -> dict[str, float]:
+    """Train a GAN and write ``model.safetensors``; returns the final validation metrics."""
+    run_dir, gan = Path(config.run_dir), plain(config.gan)
+    check_trainer(plain(config.trainer))
+    datamodule = prepared(cohort_datamodule(config, gan["batch_size"]))
+    model = build_model(config, datamodule)
+    module = build_module(config, datamodule, model)
+    write_config(config, run_dir)
+
+    def save_model(metrics: Mapping[str, float]) -> None:
+        model.header |= {"metrics": dict(metrics), "steps": module.step}
+        model.save(run_dir / "model.safetensors")
+
+    metrics = fit(
+        module,
+        datamodule,
+        plain(config.trainer),
+        run_dir,
+        {
+            **{name: model.header[name] for name in ("method", "network", "encoder", "condition", "split_sha256")},
+            "discriminator": gan["discriminator"],
+            "ema_decay": gan["ema_decay"],
+            "preprocessing": datamodule.preprocessing.fingerprint(),
+        },
+        save_model,
+        label=f"{datamodule.cohort.name} gan",
+        monitor="gan/val/pooled_kid",
+        loggers=loggers(config),
+        callbacks=panels(config, datamodule, model),
+    )
+    logger.info("%s of %d steps. Model: %s", model.what, module.step, run_dir / "model.safetensors")
+    return metrics
+
+
+def build_model(config: DictConfig, datamodule: CohortDataModule) -> GAN:
+    """An untrained model for this cohort."""
+    gan, (channels, *size) = plain(config.gan), datamodule.image_shape
+    value_range = datamodule.preprocessing.value_range
+    header = {
+        "cohort": datamodule.cohort.name,
+        "simulated": config.data.simulate is not None,
+        "split_sha256": datamodule.cohort.split_hash,
+        "method": gan["method"],
+        "network": {
+            **gan["network"],
+            "spatial_dims": config.data.spatial_dims,
+            "out_channels": channels,
+            "image_size": size,
+            "value_range": None if value_range is None else list(value_range),
+        },
+        "encoder": gan.get("encoder"),
+        "condition": gan["condition"],
+        "loss": gan["loss"],
+        "ema_decay": gan["ema_decay"],
+        "metrics": {},
+        "seed": config.seed,
+    }
+    torch.manual_seed(config.seed)
+    schema = datamodule.schema
+    distribution = datamodule.cohort.distribution() if len(schema) else None
+    return GAN(header, datamodule.preprocessing, schema, distribution)
+
+
+def build_module(config: DictConfig, datamodule: CohortDataModule, model: GAN) -> LSGAN:
+    """The training of ``model``; says how large it is."""
+    gan = plain(config.gan)
+    module = MODULES[gan["method"]](
+        model,
+        gan["optimizer"],
+        gan["discriminator"],
+        gan["loss"],
+        gan["ema_decay"],
+        config.trainer.log_every,
+        config.seed,
+    )
+    rows = [record.covariates for record in datamodule.cohort.split("train")]
+    module.fit_conditioners(torch.from_numpy(datamodule.schema.encode_table(rows)))
+    sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (module.network, module.discriminator)]
+    logger.info(
+        "%s of %s: %.1f M parameters to train, and %.1f M of the discriminator; condition: %s.",
+        model.what,
+        voxels(datamodule.image_shape),
+        *sizes,
+        model.condition_in_words(),
+    )
+    return module
+
+
+def panels(config: DictConfig, datamodule: CohortDataModule, model: GAN) -> list[FigureCallback]:
+    """Fixed-seed samples at covariates of held-out subjects and, of a VAE-GAN, reconstructions."""
+    rows = [dict(record.covariates) for record in datamodule.cohort.split("valid")[: config.gan.val_samples]]
+    measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    figures: list[FigureCallback] = [SamplePanels(config.run_dir, rows, None, measure, group="gan", drawn=DRAWN)]
+    if model.reconstructs:
+        figures.insert(0, ReconstructionPanels(config.run_dir, model.preprocessing.is_rgb, "gan", drawn=()))
+    return figures

@@ -1,0 +1,198 @@
+"""The table of a cohort: real images, models, reconstructions and a control, all measured alike.
+
+Every row has the same number of images, at the covariates of the same held-out subjects, seen through the same files,
+features and instrument. What is costly about a row (its images and their features) is kept in a file of its own, under
+the hash of all that it depends on, so that a table that was interrupted, or has a new row, measures only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.data.schema import Covariate, CovariateSchema
+from ldm.evaluation.agreement import agreement, level_agreement
+from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.features import FeatureNetwork, extract
+from ldm.evaluation.instruments import Instrument
+from ldm.model.file import read_header, read_tensors, write_model
+
+KIND = "comparison_row"
+HEADINGS = (
+    "Fréchet distance (95 %)",
+    "over the floor",
+    "KID (95 %)",
+    "precision",
+    "recall",
+    "asked and measured",
+    "MS-SSIM of like pairs",
+    "seconds a sample",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of images, measured.
+
+    Attributes:
+        features: ``(N, F)`` float64.
+        facts: ``agreement``, ``spread`` and what else is known; JSON-safe.
+    """
+
+    features: np.ndarray
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What all rows of a table share.
+
+    Attributes:
+        network: in whose features distributions are compared.
+        instrument: measures covariates in an image; None without one.
+        schema: covariates of the cohort.
+        rows: covariates of each image of a set, ``N`` of them, asked for or true.
+        value_range: of the images.
+        folder: where measured rows are kept.
+        key: what all rows depend on; JSON-safe.
+    """
+
+    network: FeatureNetwork
+    instrument: Instrument | None
+    schema: CovariateSchema
+    rows: Sequence[Mapping[str, Any]]
+    value_range: tuple[float, float]
+    folder: Path
+    key: Mapping[str, Any]
+
+    def file_name(self, name: str, key: Mapping[str, Any]) -> str:
+        """A name for what belongs to a row, which no other row has and a row of another key neither."""
+        text = json.dumps({**self.key, **key, "row": name}, sort_keys=True, default=str)
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def row(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        images: Callable[[], Sequence[np.ndarray]],
+        covariates: bool = True,
+        further: Callable[[], Mapping[str, Any]] = dict,
+    ) -> Row:
+        """Measure a set of images, or read what was measured before.
+
+        Args:
+            name: of the row.
+            key: what the images depend on beside :attr:`key`.
+            images: makes them, ``(C, *S)`` each, as many as :attr:`rows`.
+            covariates: whether image i belongs to row i.
+            further: makes further facts.
+        """
+        path = self.folder / f"{self.file_name(name, key)}.safetensors"
+        if not path.is_file():
+            drawn = list(images())
+            facts = {**(self.facts(drawn) if covariates else {}), **further()}
+            features = torch.from_numpy(extract(self.network, drawn))  # (N, F)
+            write_model(path, {"features": features}, {"kind": KIND, "row": name, "facts": facts})
+        return Row(read_tensors(path)["features"].numpy(), read_header(path, KIND)["facts"])
+
+    def facts(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Whether the images show the covariates of their rows, and how far those of like covariates differ."""
+        codes = self.schema.encode_table(self.rows) if len(self.schema) else np.zeros((len(self.rows), 1))
+        pairs = nearest_pairs(codes) if len(codes) > 1 else []
+        return {
+            "agreement": {} if self.instrument is None else agreements(self.instrument, self.schema, self.rows, images),
+            "spread": spread(images, pairs, self.value_range) if pairs else None,
+        }
+
+
+def agreements(
+    instrument: Instrument, schema: CovariateSchema, rows: Sequence[Mapping[str, Any]], images: Sequence[np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Agreement of what rows say and what the instrument measures, by covariate; those that cannot be had are left out.
+
+    See :func:`ldm.evaluation.agreement.agreement` and :func:`ldm.evaluation.agreement.level_agreement`.
+    """
+    measured = [instrument(image) for image in images]
+    result = {}
+    for name in measured[0]:
+        if name in schema.names:
+            pairs = [
+                (row[name], values[name])
+                for row, values in zip(rows, measured, strict=True)
+                if row.get(name) is not None and (isinstance(values[name], str) or np.isfinite(values[name]))
+            ]
+            found = _agreement(schema[name], pairs)
+            if found is not None:
+                result[name] = {"kind": schema[name].kind, "unmeasurable": len(images) - len(pairs), **found}
+    return result
+
+
+def _agreement(covariate: Covariate, pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any] | None:
+    wanted, found = [a for a, _ in pairs], [b for _, b in pairs]
+    if covariate.kind == "categorical":
+        levels = [covariate.levels[covariate.level_index(value)] for value in wanted]
+        return level_agreement(levels, found, covariate.levels) if pairs else None
+    wanted = [covariate.number(value) for value in wanted]
+    return agreement(wanted, found) if len(pairs) > 2 and np.ptp(wanted) > 0 and np.ptp(found) > 0 else None
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table as Markdown, with what the numbers depend on below it.
+
+    Args:
+        table: ``rows`` (name -> distances and facts), ``floor``, ``control``, ``control_is_worse`` and ``protocol``.
+    """
+    protocol = table["protocol"]
+    lines = [f"# {protocol['cohort']}: {protocol['n']} images a row", "", f"| | {' | '.join(HEADINGS)} |"]
+    lines.append("|---|" + "---|" * len(HEADINGS))
+    for name, row in table["rows"].items():
+        mark = {table["floor"]: " (floor)", table["control"]: " (control)"}.get(name, "")
+        lines.append(f"| {name}{mark} | {' | '.join(_cells(row))} |")
+    lines += ["", "Every number depends on all of this; compare rows of this table, not tables.", ""]
+    lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items()]
+    if not table["control_is_worse"]:
+        lines += ["", "The Fréchet distance does not tell the control from real images: it says nothing of the others."]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    spread_of, seconds = row.get("spread"), row.get("seconds_a_sample")
+    ratio = "n/a" if row["frechet_ratio"] is None else f"{row['frechet_ratio']:.2f}"
+    return [
+        _with_interval(row["frechet"], row["frechet_interval"]),
+        ratio,
+        _with_interval(row["kid"], row["kid_interval"]),
+        f"{row['precision']:.2f}",
+        f"{row['recall']:.2f}",
+        "; ".join(_agreement_in_words(name, found) for name, found in row.get("agreement", {}).items()),
+        "" if spread_of is None else f"{spread_of['ms_ssim']['mean']:.3f}",
+        "" if seconds is None else f"{seconds:.3g}",
+    ]
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
+
+
+def _agreement_in_words(name: str, found: Mapping[str, Any]) -> str:
+    if found["kind"] == "categorical":
+        low, high = found["interval"]
+        return f"{name} {found['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{name} r {found['r']:.3f}, slope {found['slope']:.2f}"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value))
+    return str(value)

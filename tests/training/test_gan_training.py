@@ -1,0 +1,153 @@
+"""What trains whom in a GAN: closed forms of the losses, whose gradient goes where, and one step of each."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm.conditioning.base import COVARIATES
+from ldm.errors import LdmError
+from ldm.training.budget import Budget
+from ldm.training.gan import MODULES, discriminator_loss, generator_loss
+from tests.model.test_gan_model import gan
+from tests.training.test_stages import OPTIMIZER
+
+DISCRIMINATOR = {"channels": [8, 8], "hidden": 8, "spectral_norm": True, "lr": 1e-3}
+LOSS = {
+    "lsgan": {"adversarial_weight": 1.0},
+    "vaegan": {
+        "adversarial_weight": 0.5,
+        "l1_weight": 2.0,
+        "features_weight": 3.0,
+        "kl_weight": 0.1,
+        "feature_level": 1,
+    },
+}
+BOTH = pytest.mark.parametrize("method", ["lsgan", "vaegan"])
+
+
+def module(method, spatial_dims=2, loss=None, **options):
+    return MODULES[method](gan(method, spatial_dims), OPTIMIZER, DISCRIMINATOR, loss or LOSS[method], 0.9, **options)
+
+
+def batch(spatial_dims=2, n=4):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.stack([torch.rand(n, generator=generator), torch.arange(n) % 3.0], dim=1)
+    size = (12, 8, 10)[:spatial_dims]
+    return {"image": torch.rand(n, 1, *size, generator=generator), "covariates": codes, "index": torch.arange(n)}
+
+
+def terms_of(made, spatial_dims=2):
+    data = batch(spatial_dims)
+    streams = torch.Generator().manual_seed(2)
+    draws = {name: torch.randn(4, 6, generator=streams) for name in ("z", "posterior")}
+    return made.loss_terms(data["image"], {COVARIATES: data["covariates"]}, draws)
+
+
+def test_least_squares_against_closed_forms():
+    real, fake, other = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0])
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (2 + 2))
+    assert discriminator_loss(real, fake, other).item() == pytest.approx(0.5 * (2 + (2 + 1) / 2))
+    assert generator_loss(fake).item() == pytest.approx(0.5 * 1)
+    assert discriminator_loss(torch.ones(3), torch.zeros(3)) == generator_loss(torch.ones(3)) == 0
+
+
+@BOTH
+def test_each_gradient_stays_where_it_belongs(method):
+    made = module(method)
+    terms, _ = terms_of(made)
+    terms["discriminator"].backward(retain_graph=True)
+    assert all(p.grad is None for p in made.network.parameters())
+    assert all(p.grad is not None for p in made.discriminator.parameters())
+    made.zero_grad(set_to_none=True)
+    made.weighted(terms).backward()
+    assert all(p.grad is None for p in made.discriminator.parameters())
+    missing = [name for name, p in made.network.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad is None for p in made.ema.parameters())
+
+
+def test_the_encoder_is_not_told_to_fool_the_discriminator():
+    made = module("vaegan")
+    terms, scores = terms_of(made)
+    assert set(scores) == {"real", "reconstruction", "sample"}
+    assert [len(score) for score in scores.values()] == [4] * 3
+    terms["adversarial"].backward(retain_graph=True)
+    assert all(p.grad is None for p in made.network.encoder.parameters())
+    assert made.network.generator.start.weight.grad.abs().sum() > 0
+    for name in ("l1", "features", "kl"):
+        made.zero_grad(set_to_none=True)
+        terms[name].backward(retain_graph=True)
+        assert made.network.encoder.head.weight.grad.abs().sum() > 0, name
+        assert (made.network.generator.start.weight.grad is None) == (name == "kl")
+
+
+def test_the_terms_of_a_vaegan_are_what_they_are_called():
+    made = module("vaegan")
+    made.discriminator.eval()  # no power iterations between the two
+    terms, _ = terms_of(made)
+    data, streams = batch(), torch.Generator().manual_seed(2)
+    z, posterior = (torch.randn(4, 6, generator=streams) for _ in range(2))
+    condition = {COVARIATES: data["covariates"]}
+    embedding = made.network.embed(condition)
+    mean, std = made.network.encoder(data["image"], embedding)
+    rebuilt = made.network.generator(mean + std * posterior, embedding)
+    sample = made.network.generator(z, embedding)
+    torch.testing.assert_close(terms["l1"], (rebuilt - data["image"]).abs().mean())
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).sum() / data["image"].numel()
+    torch.testing.assert_close(terms["kl"], kl)
+    seen = [made.discriminator.network.trunk(x)[1] for x in (rebuilt, data["image"])]
+    torch.testing.assert_close(terms["features"], F.mse_loss(*seen))
+    scores = [made.discriminator(x, condition) for x in (data["image"], rebuilt, sample)]
+    torch.testing.assert_close(terms["adversarial"], (generator_loss(scores[1]) + generator_loss(scores[2])) / 2)
+    torch.testing.assert_close(terms["discriminator"], discriminator_loss(*scores))
+    total = 0.5 * terms["adversarial"] + 2 * terms["l1"] + 3 * terms["features"] + 0.1 * terms["kl"]
+    torch.testing.assert_close(made.weighted(terms), total)
+
+
+@BOTH
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_step_moves_both_networks_and_the_average(method, spatial_dims, monkeypatch):
+    made = module(method, spatial_dims)
+    made.budget = Budget(100)
+    optimizers = made.configure_optimizers()
+    monkeypatch.setattr(type(made), "trainer", type("T", (), {"world_size": 1, "global_rank": 0, "loggers": []})())
+    made.optimizers = lambda: optimizers
+    made.manual_backward = lambda loss: loss.backward()
+    before = [{name: p.detach().clone() for name, p in one.named_parameters()} for one in networks(made)]
+    made.training_step(batch(spatial_dims), 0)
+    assert made.step == 1
+    for old, network in zip(before, networks(made), strict=True):
+        still = [name for name, p in network.named_parameters() if torch.equal(p, old[name])]
+        assert not [name for name in still if "null" not in name and "embed" not in name], still
+    made.eval()
+    made.on_validation_epoch_start()
+    made.validation_step(batch(spatial_dims), 0)
+    made.on_validation_epoch_end()
+    expected = {"gan/val/score/real", "gan/val/score/sample", "gan/val/pooled_kid", "gan/train/loss"}
+    expected |= {"gan/val/psnr", "gan/val/kl"} if method == "vaegan" else set()
+    assert expected <= set(made.latest)
+    assert all(np.isfinite(value) for value in made.latest.values())
+    assert len(made.validation["panels"]) == (4 if method == "vaegan" else 0)
+
+
+def networks(made):
+    return made.network, made.discriminator, made.model.network
+
+
+def test_a_loss_that_is_not_finite_is_named(monkeypatch):
+    made, data = module("lsgan"), batch()
+    monkeypatch.setattr(type(made), "trainer", type("T", (), {"world_size": 1, "global_rank": 0})())
+    data["image"][1] = torch.nan
+    with pytest.raises(LdmError, match=r"not finite at step 0: adversarial .*, discriminator nan. Records.*0, 1, 2, 3"):
+        made.training_step(data, 0)
+
+
+def test_settings_that_are_not_legal_are_named():
+    with pytest.raises(LdmError, match="gan.loss.l1_weigth is not a setting. Did you mean 'l1_weight'"):
+        module("vaegan", loss={**LOSS["vaegan"], "l1_weigth": 1.0})
+    with pytest.raises(LdmError, match="gan.loss.l1_weight is not a setting"):
+        module("lsgan", loss={"adversarial_weight": 1.0, "l1_weight": 1.0})
+    with pytest.raises(LdmError, match="feature_level is 2; the discriminator has levels 0 to 1"):
+        module("vaegan", loss={**LOSS["vaegan"], "feature_level": 2})
