@@ -28,6 +28,7 @@ VERBS = {
     "train-predictor": "train the network that reads covariates from images",
     "import-weights": "make one model file of published MONAI weights",
     "sample": "draw images with asked covariates",
+    "release": "make a synthetic data set of many volumes",
     "evaluate": "measure samples against what was asked, and write a report",
 }
 USAGE = "usage: ldm VERB [key=value ...]\n\n{verbs}\n\n`ldm VERB --help` explains a verb and lists its settings.\n"
