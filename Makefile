@@ -5,7 +5,7 @@ VENV ?= .venv
 LDM = $(VENV)/bin/ldm
 ARGS ?=
 
-VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor ema import-weights sample edit evaluate compare
+VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor ema import-weights sample release edit evaluate compare
 
 .PHONY: help setup demo $(VERBS) test lint clean
 

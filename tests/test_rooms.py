@@ -17,6 +17,7 @@ ROOMS = (
     "metrics",
     "training",
     "evaluation",
+    "applications",
     "commands",
 )
 FREE = {"errors", "precision", "__version__"}
@@ -24,6 +25,7 @@ FORBIDDEN = {
     "networks": {"pytorch_lightning", "hydra"},
     "diffusion": {"pytorch_lightning", "hydra", "monai", "nibabel"},
     "model": {"pytorch_lightning", "hydra", "omegaconf", "wandb"},
+    "applications": {"hydra", "omegaconf"},
 }
 PACKAGE = Path(ldm.__file__).parent
 

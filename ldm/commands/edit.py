@@ -25,7 +25,7 @@ from ldm.commands.sample import (
 )
 from ldm.data.images import split_reference
 from ldm.errors import LdmError
-from ldm.model.editing import Edit, between
+from ldm.model.editing import Edit, Editing, between
 from ldm.model.inputs import as_lists
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import image_paths, write_request
@@ -47,6 +47,8 @@ def run(config: DictConfig) -> list[Path]:
     kind = asked_edit(config)
     out = Path(config.run_dir)
     model, path = load_model(config)
+    if not isinstance(model, Editing):
+        raise LdmError(f"{path} holds {model.what}; only a diffusion model can start from a scan.")
     image, given = split_channels(model, files(config.image))
     asked = OmegaConf.create({"covariates": config.covariates, "mask": config.mask, "text": config.text, **given})
     table = asked_table(asked.covariates)

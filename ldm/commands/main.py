@@ -30,6 +30,7 @@ VERBS = {
     "import-weights": "make one model file of published MONAI weights",
     "sample": "draw images with asked covariates",
     "edit": "change an image, go from one to another, or fill in a region",
+    "release": "make a synthetic data set of many volumes",
     "evaluate": "measure samples against what was asked, and write a report",
     "compare": "measure models of one cohort alike, in one table",
 }

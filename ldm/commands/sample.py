@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import re
@@ -17,7 +16,7 @@ from rich.progress import Progress
 from ldm.commands.run import plain, require_file
 from ldm.conditioning.build import SETTINGS
 from ldm.data.images import read, split_reference
-from ldm.data.table import Table, read_table
+from ldm.data.table import Table, expect_no_misspelt_column, read_table
 from ldm.errors import LdmError, nearest
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
@@ -157,7 +156,7 @@ def asked_rows(
     known = [name for name in table.columns if name in model.schema.names]
     if not known and not inputs:
         raise LdmError(f"{covariates} has no column of the model's covariates: {', '.join(model.schema.names)}.")
-    _expect_no_misspelt_column(Path(str(covariates)), table.columns, model.schema.names)
+    expect_no_misspelt_column(Path(str(covariates)), table.columns, model.schema.names)
     return [{name: row[name] for name in known if row[name] is not None} for row in table.rows]
 
 
@@ -210,18 +209,6 @@ def files_sha256(inputs: Inputs) -> dict[str, str]:
     if missing:
         raise LdmError(f"There is no file {missing[0]}.")
     return {file: hashlib.sha256(path.read_bytes()).hexdigest() for file, path in paths.items()}
-
-
-def _expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
-    absent = {name.casefold(): name for name in names if name not in columns}
-    for column in columns:
-        # Closer than for other hints: a table may well have a column 'site' that is not meant to be 'sex'.
-        match = [] if column in names else difflib.get_close_matches(column.casefold(), absent, n=1, cutoff=0.8)
-        if match:
-            raise LdmError(
-                f"{path}: column '{column}' is no covariate of the model. Did you mean '{absent[match[0]]}'? "
-                "Rename or remove it."
-            )
 
 
 def mosaic_of(model: Generative, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], out: Path) -> Path:

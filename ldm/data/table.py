@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +92,23 @@ def table_from_files(root: Path, template: Template) -> Table:
         )
     rows = tuple({**template.row_of(name), "row": str(index)} for index, name in enumerate(names))
     return Table(template.text, template.columns, rows, tuple(names))
+
+
+def expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a column that is almost one of ``names`` which the table lacks.
+
+    Raises:
+        LdmError: naming both.
+    """
+    absent = {name.casefold(): name for name in names if name not in columns}
+    for column in columns:
+        # Closer than for other hints: a table may well have a column 'site' that is not meant to be 'sex'.
+        match = [] if column in names else difflib.get_close_matches(column.casefold(), absent, n=1, cutoff=0.8)
+        if match:
+            raise LdmError(
+                f"{path}: column '{column}' is no covariate of the model. Did you mean '{absent[match[0]]}'? "
+                "Rename or remove it."
+            )
 
 
 def _check_columns(path: Path, columns: tuple[str, ...], separator: str) -> None:

@@ -1,0 +1,110 @@
+"""What else is known of the model: its audit, without which nothing is released unless somebody says in words why; and
+its evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.applications.release.conditions import check_text
+from ldm.applications.release.files import sha256
+from ldm.errors import LdmError
+
+LIMIT = 64 << 20  # bytes of such a file
+WORDS = 4000  # characters of its statement
+
+
+def read_audit(path: Path | None, model_sha256: str, reason: str | None = None) -> dict[str, Any]:
+    """What a release says about the audit of its model.
+
+    Args:
+        path: what ``ldm audit`` wrote: JSON with ``passed``, ``model_sha256`` and ``statement``; None for none.
+        model_sha256: hash of the model's tensors, from its header.
+        reason: why a release goes out without a passed audit; None if it does not.
+
+    Returns:
+        ``passed`` (None without an audit), ``statement``, ``sha256`` of the file, ``released_without_audit``.
+
+    Raises:
+        LdmError: no audit, a failed one or one of another model; a reason where none is needed.
+    """
+    if reason is not None:
+        reason = check_text(str(reason), "release_without_audit", WORDS)
+        if len(reason.split()) < 3:
+            raise LdmError(f"release_without_audit is '{reason}': say in words why, it stands in the model card.")
+    if path is None:
+        if reason is None:
+            raise LdmError(
+                "audit=PATH is missing: a release needs the audit.json that `ldm audit` wrote for the same model. "
+                "To release without one, give the reason: 'release_without_audit=\"...\"'."
+            )
+        return {"passed": None, "statement": None, "sha256": None, "released_without_audit": reason}
+    record = _read(Path(path), model_sha256)
+    if not record["passed"] and reason is None:
+        raise LdmError(f"audit={path}: the audit of this model failed: {record['statement']}")
+    if record["passed"] and reason is not None:
+        raise LdmError("release_without_audit is set, but the audit passed: leave the reason out.")
+    return {**record, "released_without_audit": reason}
+
+
+def read_evaluation(path: Path | None, model_sha256: str) -> dict[str, Any] | None:
+    """The numbers that ``ldm evaluate`` measured, for the model card.
+
+    Args:
+        path: its ``metrics.json``; None for none.
+        model_sha256: hash of the model's tensors, from its header.
+
+    Returns:
+        ``sha256`` of the file, and ``numbers``: dotted name -> number.
+
+    Raises:
+        LdmError: no such file, or one of another model.
+    """
+    if path is None:
+        return None
+    content, digest = _read_json(Path(path), "evaluation", "ldm evaluate", model_sha256)
+    return {"sha256": digest, "numbers": dict(_numbers(content))}
+
+
+def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All finite numbers of nested mappings; lists, such as those of single images, are left out."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _numbers(value, f"{name}.{key}" if name else check_text(str(key), "evaluation: a name"))
+    elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
+        yield check_text(name, "evaluation: a name"), content
+
+
+def _read(path: Path, model_sha256: str) -> dict[str, Any]:
+    content, digest = _read_json(path, "audit", "ldm audit", model_sha256)
+    for key, kind in {"passed": bool, "statement": str}.items():
+        if not isinstance(content.get(key), kind):
+            raise LdmError(f"audit={path}: '{key}' is missing or no {kind.__name__}; it is no audit.json.")
+    statement = check_text(" ".join(content["statement"].split()), f"audit={path}: statement", WORDS)
+    return {"passed": content["passed"], "statement": statement, "sha256": digest}
+
+
+def _read_json(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict[str, Any], str]:
+    """A mapping about the model in a JSON file, and the file's hash."""
+    if not path.is_file():
+        raise LdmError(f"{key}={path}: there is no such file; `{verb}` writes it.")
+    if path.stat().st_size > LIMIT:
+        raise LdmError(f"{key}={path} is larger than {LIMIT >> 20} MiB: `{verb}` did not write it.")
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LdmError(f"{key}={path} is not JSON ({error}).") from error
+    found = content.get("model_sha256") if isinstance(content, dict) else None
+    if not isinstance(found, str):
+        raise LdmError(f"{key}={path}: 'model_sha256' is missing; `{verb}` did not write it.")
+    if found != model_sha256:
+        raise LdmError(
+            f"{key}={path} is of another model (model_sha256 {found[:16]}, this one is {model_sha256[:16]}). Run "
+            f"`{verb}` for this model."
+        )
+    return content, sha256(data)
