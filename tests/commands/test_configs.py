@@ -15,7 +15,7 @@ from ldm.model.file import read_header
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
-    for group in ("data", "vae", "ldm", "schedule", "segmenter", "predictor", "trainer", "logger")
+    for group in ("data", "vae", "ldm", "schedule", "segmenter", "predictor", "matcher", "trainer", "logger")
     for file in (conf_dir() / group).glob("*.yaml")
     if file.stem != "base"
 )
