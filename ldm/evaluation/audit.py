@@ -55,7 +55,7 @@ class AuditSettings:
         alpha: level of the test, over all spaces together.
         recall: share of each kind of planted copies that has to be below the threshold.
         planted: copies of each kind.
-        flip_axes: spatial axes along which copies in latent space are looked for; None is all.
+        flip_axes: spatial axes along which flipped copies are looked for; None is all.
         seed: of planted copies and resamples.
     """
 
@@ -156,7 +156,7 @@ def audit(
         )
     flips = checked_flips(settings.flip_axes, train.images[0].ndim - 1)
     encodes = model is not None and isinstance(model.first_stage, AutoencoderKL)
-    spaces: list[Space] = [MatcherSpace(matcher), *([ScaledLatentSpace(model, flips)] if encodes else [])]
+    spaces: list[Space] = [MatcherSpace(matcher, flips), *([ScaledLatentSpace(model, flips)] if encodes else [])]
     rebuild = (lambda image: reconstruction(model, image)) if encodes else None
     numbers, worst = {}, {}
     for space in spaces:

@@ -37,22 +37,26 @@ class Space(Protocol):
 
 
 class MatcherSpace:
-    """Embeddings of a matcher, or of any function of images ``(B, C, *S)`` that gives ``(B, E)``.
+    """Embeddings of a matcher, or of any function of images ``(B, C, *S)`` that gives ``(B, E)``, and of their flips.
 
-    Scaled so that the root-mean-square distance of two unit vectors is their Euclidean distance, 0 to 2.
+    A matcher learns to ignore flips, but seldom all of them; they are few enough to be tried. Scaled so that the
+    root-mean-square distance of two unit vectors is their Euclidean distance, 0 to 2.
+
+    Args:
+        matcher: images -> unit vectors.
+        flip_axes: see :class:`ScaledLatentSpace`.
     """
 
     name = "features"
-    words = "features of a network that was trained to recognise training scans"
+    words = "features of a network that was trained to recognise training scans, flips considered"
 
-    def __init__(self, matcher: Callable[[Tensor], Tensor]) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: Callable[[Tensor], Tensor], flip_axes: Sequence[int]) -> None:
+        self.matcher, self.flips = matcher, combinations(flip_axes)
 
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """``(N, 1, E)`` float32."""
-        found = [self.matcher(batch).float().cpu().numpy() for batch in batches(images)]
-        vectors = np.concatenate(found)  # (N, E)
-        return vectors[:, None] * np.float32(np.sqrt(vectors.shape[1]))  # (N, 1, E)
+        """``(N, V, E)`` float32."""
+        vectors = with_flips(images, self.flips, self.matcher)  # (N, V, E)
+        return vectors * np.float32(np.sqrt(vectors.shape[2]))
 
 
 class ScaledLatentSpace:
@@ -67,22 +71,33 @@ class ScaledLatentSpace:
     words = "scaled latents of the model, flips considered"
 
     def __init__(self, model: LatentDiffusionModel, flip_axes: Sequence[int]) -> None:
-        self.model = model
-        self.flips = [axes for count in range(len(flip_axes) + 1) for axes in itertools.combinations(flip_axes, count)]
+        self.model, self.flips = model, combinations(flip_axes)
 
-    @torch.no_grad()
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
         """``(N, V, C h w ...)`` float32."""
-        found = []
-        for batch in batches(images):  # (B, C, *S)
-            variants = [self._encoded(batch.flip([2 + axis for axis in axes])) for axes in self.flips]
-            found.append(torch.stack(variants, 1).cpu().numpy())  # (B, V, F)
-        return np.concatenate(found)
+        return with_flips(images, self.flips, self._encoded)
 
     def _encoded(self, images: Tensor) -> Tensor:
         with autocast(self.model.device, "float32"):
             mean, _ = self.model.first_stage.encode(images.to(self.model.device))
             return self.model.latent_space.to_scaled(mean.float()).flatten(1)  # (B, F)
+
+
+def combinations(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every choice of some of the axes, none of them first."""
+    return [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+
+
+@torch.no_grad()
+def with_flips(
+    images: Iterable[np.ndarray], flips: Sequence[tuple[int, ...]], encode: Callable[[Tensor], Tensor]
+) -> np.ndarray:
+    """``(N, V, F)`` float32: what ``encode`` makes of each image ``(C, *S)`` and of its flips."""
+    found = []
+    for batch in batches(images):  # (B, C, *S)
+        variants = [encode(batch.flip([2 + axis for axis in axes])) for axes in flips]  # (B, F) each
+        found.append(torch.stack(variants, 1).float().cpu().numpy())  # (B, V, F)
+    return np.concatenate(found)
 
 
 def batches(images: Iterable[np.ndarray], size: int = BATCH) -> Iterator[Tensor]:
