@@ -5,7 +5,8 @@ VENV ?= .venv
 LDM = $(VENV)/bin/ldm
 ARGS ?=
 
-VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor ema import-weights sample release edit evaluate compare
+VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights sample release edit evaluate \
+  compare audit
 
 .PHONY: help setup demo $(VERBS) test lint clean
 

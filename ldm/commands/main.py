@@ -27,12 +27,14 @@ VERBS = {
     "ema": "make the moving average of another length from a training's snapshots",
     "train-segmenter": "train the network that measures volumes in images",
     "train-predictor": "train the network that reads covariates from images",
+    "train-matcher": "train the network that recognises training scans",
     "import-weights": "make one model file of published MONAI weights",
     "sample": "draw images with asked covariates",
     "edit": "change an image, go from one to another, or fill in a region",
     "release": "make a synthetic data set of many volumes",
     "evaluate": "measure samples against what was asked, and write a report",
     "compare": "measure models of one cohort alike, in one table",
+    "audit": "look for copies of training scans among samples",
 }
 USAGE = "usage: ldm VERB [key=value ...]\n\n{verbs}\n\n`ldm VERB --help` explains a verb and lists its settings.\n"
 

@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "table": None,
     "id": "participant_id",
     "subject": "participant_id",
+    "subjects_linked": True,
     "image": None,
     "labels": None,
     "label_names": {},
@@ -65,6 +66,7 @@ def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     _one_of(config["spatial_dims"], (2, 3), "data.spatial_dims")
     _one_of(config["missing_covariate"], MISSING_POLICIES, "data.missing_covariate")
     _one_of(config["faults"], POLICIES, "data.faults")
+    _one_of(config["subjects_linked"], (True, False), "data.subjects_linked")
     _check_fractions(config["split"]["fractions"])
     for key in ("root", "image"):
         if not config[key] or config[key] == MISSING:

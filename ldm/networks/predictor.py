@@ -45,7 +45,7 @@ class PooledResNet(nn.Module):
         super().__init__()
         if not channels or any(width < 1 or width % norm_num_groups for width in channels):
             raise LdmError(
-                f"predictor.network.channels is {list(channels)}; every level needs a multiple of norm_num_groups, "
+                f"network.channels is {list(channels)}; every level needs a multiple of norm_num_groups, "
                 f"{norm_num_groups}."
             )
         norm = ("GROUP", {"num_groups": norm_num_groups})

@@ -1,0 +1,112 @@
+"""What an audit found, in sentences that say no more than the numbers do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NO_GUARANTEE = (
+    "There is no formal guarantee: the model was not trained with differential privacy. What follows was measured, on "
+    "these images, with these networks."
+)
+NOT_LINKED = (
+    "The table of this cohort does not say which scans are of one person. Held-out scans may be of people who are in "
+    "the training split too; they then lie nearer than strangers would, and the threshold is stricter than it should "
+    "be, so that fewer images are found. Every count of subjects is one of scans."
+)
+
+
+def in_words(verdict: str, numbers: Mapping[str, Any]) -> list[str]:
+    """Sentences on the ``numbers`` of :class:`ldm.evaluation.audit.AuditResult`, the verdict first."""
+    spaces = numbers["spaces"]
+    lines = [_verdict(verdict, spaces)]
+    lines += [line for space in spaces.values() for line in _control(space) if space is spaces["features"]]
+    for space in spaces.values():
+        lines += [_excess(space), _copies(space)]
+    lines += [] if numbers["subjects_linked"] else [NOT_LINKED]
+    return [*lines, NO_GUARANTEE]
+
+
+def _verdict(verdict: str, spaces: Mapping[str, Any]) -> str:
+    if verdict == "passed":
+        return (
+            "PASSED: not more synthetic images than held-out scans lie near a training scan, none lies as near as a "
+            "copy, and the audit found the copies that were planted."
+        )
+    if verdict == "not conclusive":
+        return "NOT CONCLUSIVE: this audit would not have noticed copies, so that having found none says nothing."
+    found = [
+        *(["more synthetic images than held-out scans lie near a training scan"] if _any(spaces, _is_excess) else []),
+        *(["synthetic images lie as near to a training scan as a copy of it"] if _any(spaces, _has_copies) else []),
+    ]
+    return f"NOT PASSED: {' and '.join(found)}."
+
+
+def _any(spaces: Mapping[str, Any], test) -> bool:
+    return any(test(space) for space in spaces.values())
+
+
+def _is_excess(space: Mapping[str, Any]) -> bool:
+    return space["excess"]["significant"]
+
+
+def _has_copies(space: Mapping[str, Any]) -> bool:
+    return space["copies"]["count"] > 0
+
+
+def _control(space: Mapping[str, Any]) -> list[str]:
+    control = space["control"]
+    weak = {kind: row for kind, row in control.items() if kind not in space["copies"]["kinds"]}
+    share = space["noticeable_share"]
+    if weak:
+        said = ", ".join(f"{kind} {row['recall']:.0%}" for kind, row in weak.items())
+        lines = [
+            f"THE AUDIT'S OWN CONTROL FAILED: of copies of training scans that were planted, too few were found "
+            f"({said} of {next(iter(weak.values()))['n']} each). A pass would mean nothing. Train the matcher for "
+            "longer (ldm train-matcher)."
+        ]
+    else:
+        least = min(row["recall"] for row in control.values())
+        lines = [
+            f"Control: of {next(iter(control.values()))['n']} planted copies of each kind ({', '.join(control)}) at "
+            f"least {least:.0%} were found."
+        ]
+    if share is None:
+        return [*lines, "With this control and so few images no excess of copies could be told from chance."]
+    return [*lines, f"An excess is expected to show when at least {share:.1%} of the images are copies."]
+
+
+def _excess(space: Mapping[str, Any]) -> str:
+    drawn, held = space["rows"]["synthetic images"], space["rows"]["held-out scans"]
+    test, rebuilt = space["excess"], space["rows"].get("held-out scans, reconstructed")
+    text = (
+        f"In {space['words']}: {drawn['flagged']} of {drawn['n']} synthetic images ({drawn['share']:.1%}) lie below "
+        f"the threshold, which {held['flagged']} of {held['n']} held-out scans set (a share of {space['rate']:.1%} is "
+        f"expected); p = {test['p_value']:.2g} that so many are by chance"
+    )
+    if rebuilt is None:
+        return text + "."
+    return text + (
+        f". Of the held-out scans after the first stage's reconstruction, which cannot be copies either, "
+        f"{rebuilt['flagged']} of {rebuilt['n']} do."
+    )
+
+
+def _copies(space: Mapping[str, Any]) -> str:
+    found, n = space["copies"], space["rows"]["synthetic images"]["n"]
+    where = f"In {space['words']}"
+    if found["count"]:
+        return (
+            f"{where} {found['count']} of {n} synthetic images lie as near as planted copies do, and nearer than "
+            f"unrelated scans would: outright copies, of {found['subjects']} training subjects."
+        )
+    if not found["usable"]:
+        return (
+            f"{where} planted copies do not lie nearer than unrelated scans of this number may: outright copies cannot "
+            "be told there."
+        )
+    return (
+        f"{where} none of {n} synthetic images is an outright copy; the threshold for these finds "
+        f"{found['recall']:.0%} of planted copies. At {found['confidence']:.0%} confidence at most "
+        f"{found['share_at_most']:.2%} of such images lie so near (rule of three)."
+    )

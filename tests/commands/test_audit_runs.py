@@ -1,0 +1,79 @@
+"""``ldm audit`` on tiny data: its files, its exit status, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from ldm.commands.audit import NOT_PASSED
+from tests.conftest import TINY
+from tests.training.test_matcher_training import PERSONS, write_persons
+
+pytestmark = pytest.mark.slow
+
+ASKED = (*PERSONS, "planted=5")
+
+
+def copied(tmp_path, count):
+    """A folder of samples that are pictures of the cohort."""
+    (tmp_path / "drawn").mkdir()
+    for i in range(count):
+        shutil.copy(tmp_path / f"made/s{i}.png", tmp_path / f"drawn/sub-{i + 1:06d}.png")
+
+
+def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_path):
+    write_persons(tmp_path / "made")
+    copied(tmp_path, 40)
+    code, text = ldm("audit", *ASKED, "synthetic=drawn")
+    assert code == 1
+    assert "There is no matcher" in text
+    assert "ldm train-matcher" in text
+    assert ldm("train-matcher", *PERSONS, "trainer.max_steps=12", "trainer.val_every=12")[0] == 0
+    code, text = ldm("audit", *ASKED, "synthetic=drawn")
+    assert code == NOT_PASSED, text
+    assert "NOT PASSED" in text
+    assert "the latent space is left out" in text
+    found = json.loads((tmp_path / "runs/made/audit/audit.json").read_text())
+    assert found["passed"] is False
+    assert found["n"]["synthetic"] == 40
+    assert found["n"]["train"]["scans"] == 28
+    assert found["protocol"]["matcher"]["steps"] == 12
+    assert found["protocol"]["model_sha256"] is None
+    page = (tmp_path / "runs/made/audit/audit.html").read_text()
+    assert "no formal guarantee" in page
+    assert "http" not in page
+    for overrides, message in (
+        (("data.split.seed=1",), "trained on another split"),
+        (("data.intensity.upper=200",), "prepared otherwise (intensity"),
+        (("synthetic=made",), "no images sub-*.png"),
+        (("synthetic=nowhere",), "is no folder"),
+        (("planted=0",), "planted is 0"),
+    ):
+        code, text = ldm("audit", *ASKED, "synthetic=drawn", *overrides)
+        assert code == 1
+        assert message in text
+
+
+def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
+    write_persons(tmp_path / "made")
+    networks = [item for item in TINY if not item.startswith(("data.", "vae.network", "ldm.network.channels"))]
+    settings = (*networks, *PERSONS, "ldm.network.channels=[16,32]", "trainer.max_steps=1", "trainer.val_every=1")
+    for verb in ("train-vae", "train-ldm", "train-matcher"):
+        code, text = ldm(verb, *settings)
+        assert not code, text
+    code, text = ldm("audit", *settings, "n=6", "steps=1", "planted=3", "data.subjects_linked=false")
+    assert code in (0, NOT_PASSED), text
+    found = json.loads((tmp_path / "runs/made/audit/audit.json").read_text())
+    assert set(found["spaces"]) == {"features", "latents"}
+    assert "reconstructed" in found["spaces"]["latents"]["control"]
+    assert found["spaces"]["latents"]["control"]["unchanged"]["recall"] == 1
+    assert found["spaces"]["latents"]["control"]["flipped"]["source_found"] == 1  # a flip of it is encoded too
+    assert found["protocol"]["sampling"]["num_inference_steps"] == 1
+    assert found["subjects_linked"] is False
+    assert "does not say which scans are of one person" in text
+    samples = tmp_path / "runs/made/audit/samples"
+    provenance = json.loads((samples / "provenance.json").read_text())
+    (samples / "provenance.json").write_text(json.dumps(provenance | {"model_sha256": "0" * 64}))
+    code, text = ldm("audit", *settings, f"synthetic={samples}", "planted=3")
+    assert code == 1
+    assert "was drawn from model 0000000000000000" in text

@@ -1,0 +1,136 @@
+"""A copier fails, scans that nobody was trained on pass, and an audit that is blind does not pass anybody."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.errors import LdmError
+from ldm.evaluation.audit import AuditSettings, Scans, audit
+from ldm.evaluation.audit_report import audit_fragment, pair_pictures, write_audit_page
+from ldm.evaluation.planted import KINDS, plant
+
+
+def persons(count, seed):
+    """Pictures ``(1, 24, 24)`` in 0..1 of five slanted waves each: who it is, is which waves they are."""
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:24, :24] / 24
+    pictures = []
+    for _ in range(count):
+        waves = 1 + np.stack(np.divmod(rng.choice(36, 5, replace=False), 6), 1)  # (5, 2), periods a side
+        sizes, signs, phases = rng.uniform(0.6, 1, 5), rng.choice((-1, 1), 5), rng.uniform(0, 2 * np.pi, 5)
+        each = zip(sizes, waves, signs, phases, strict=True)
+        total = sum(a * np.cos(2 * np.pi * (u * y + sign * v * x) + phase) for a, (u, v), sign, phase in each)
+        pictures.append((0.5 + total / sizes.sum() / 2)[None].astype(np.float32))
+    return pictures
+
+
+def scans(images, prefix):
+    names = [f"{prefix}{i}" for i in range(len(images))]
+    return Scans(images, names, names)
+
+
+def spectrum(images):
+    """Unit vectors that flips and shifts leave alone: strength of the slanted waves, mirrored ones together."""
+    size = torch.fft.fft2(images[:, 0]).abs()
+    both = size + size.flip(1).roll(1, 1)  # F(u, v) beside F(-u, v)
+    return torch.nn.functional.normalize(both[:, 1:7, 1:7].flatten(1), dim=1)
+
+
+def pixels(images):
+    """Unit vectors that know no shifts."""
+    x = images.flatten(1)
+    return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+
+TRAIN, HELD_OUT = scans(persons(60, 0), "train"), scans(persons(40, 1), "held")
+SETTINGS = AuditSettings(planted=20, recall=0.9)
+
+
+def changed(kinds, count):
+    """Copies of the first training scans, of all kinds in turn."""
+    return [next(plant(kinds[i % len(kinds)], TRAIN.images, [i], [59], (0, 1), seed=5)) for i in range(count)]
+
+
+@pytest.mark.parametrize("kinds", [("unchanged",), KINDS[1:]], ids=["plain", "changed"])
+def test_a_copier_fails(kinds):
+    result = audit(changed(kinds, 30), TRAIN, HELD_OUT, spectrum, settings=SETTINGS)
+    space = result.numbers["spaces"]["features"]
+    assert not result.passed
+    assert result.verdict == "not passed"
+    assert space["excess"]["p_value"] < 1e-4
+    assert space["copies"]["count"] > 15
+    assert result.lines[0].startswith("NOT PASSED")
+    assert space["authenticity"]["synthetic images"] < 0.1 < 0.3 < space["authenticity"]["held-out scans"]
+    assert space["distance_ratio"]["synthetic images"] < space["distance_ratio"]["held-out scans"]
+    pair = result.worst["features"][0]
+    assert pair.copy
+    assert pair.train == pair.synthetic  # image i was made of scan i
+
+
+def test_a_few_copies_among_many_are_found_too():
+    drawn = persons(100, 2) + changed(("unchanged",), 2)
+    result = audit(drawn, TRAIN, HELD_OUT, spectrum, settings=SETTINGS)
+    assert result.numbers["spaces"]["features"]["copies"]["count"] == 2
+    assert not result.passed
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_scans_that_nobody_saw_pass_though_some_are_flagged(seed):
+    result = audit(persons(100, seed), TRAIN, HELD_OUT, spectrum, settings=SETTINGS, subjects_linked=False)
+    space = result.numbers["spaces"]["features"]
+    assert result.passed, result.lines
+    assert space["rows"]["held-out scans"]["flagged"] == 2  # of 40
+    assert space["control_passed"]
+    assert abs(space["membership"]["auc"] - 0.5) < 0.2
+    text = " ".join(result.lines)
+    assert "no formal guarantee" in text
+    assert "does not say which scans are of one person" in text
+    assert "anonym" not in text.lower()
+    assert text.lower().count("guarantee") == text.lower().count("no formal guarantee")
+
+
+def test_an_audit_that_is_blind_passes_nobody():
+    result = audit(persons(60, 2), TRAIN, HELD_OUT, pixels, settings=SETTINGS)
+    space = result.numbers["spaces"]["features"]
+    assert space["control"]["noised"]["recall"] == 1
+    assert space["control"]["flipped"]["recall"] == 1  # flips are tried
+    assert space["control"]["shifted"]["recall"] < 0.9
+    assert result.verdict == "not conclusive"
+    assert not result.passed
+    assert "THE AUDIT'S OWN CONTROL FAILED" in " ".join(result.lines)
+    assert "shifted" in " ".join(result.lines)
+    same = audit(changed(("unchanged",), 30), TRAIN, HELD_OUT, pixels, settings=SETTINGS)
+    assert same.verdict == "not passed"  # what it does find counts
+
+
+def test_several_scans_of_a_held_out_subject_count_once():
+    doubled = Scans(HELD_OUT.images * 2, [*HELD_OUT.subjects] * 2, [*HELD_OUT.names, *"x" * 40])
+    one, two = (audit(persons(30, 2), TRAIN, held, spectrum, settings=SETTINGS) for held in (HELD_OUT, doubled))
+    first, second = (result.numbers["spaces"]["features"] for result in (one, two))
+    assert first["threshold"] == second["threshold"]
+    assert first["excess"] == second["excess"]
+    assert first["membership"]["n"] == second["membership"]["n"]
+
+
+def test_what_is_written_shows_the_nearest_pairs_and_can_leave_scans_out(tmp_path):
+    drawn = changed(("unchanged",), 9)
+    result = audit(drawn, TRAIN, HELD_OUT, spectrum, settings=SETTINGS, protocol={"cohort": "made"})
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["passed"] is False
+    assert content["protocol"]["cohort"] == "made"
+    pictures = pair_pictures(result, drawn, TRAIN, tmp_path, (0, 1))
+    page = write_audit_page(tmp_path / "audit.html", content, pictures).read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "NOT PASSED" in page
+    assert "data:image" not in audit_fragment(content)
+    assert "<html" not in audit_fragment(content)
+
+
+def test_settings_and_sets_that_make_no_audit_are_refused():
+    with pytest.raises(LdmError, match="rate is 1.5"):
+        AuditSettings(rate=1.5)
+    with pytest.raises(LdmError, match="2 subjects"):
+        audit(persons(3, 2), TRAIN, scans(persons(1, 1), "held"), spectrum)
+    with pytest.raises(LdmError, match="flip_axes"):
+        audit(persons(3, 2), TRAIN, HELD_OUT, spectrum, settings=AuditSettings(flip_axes=(2,)))
