@@ -2,7 +2,8 @@
 
 All take images on the model's grid and in its range, or the files of their channels, and what is asked of the result,
 as `LatentDiffusionModel.sample` does: covariates, inputs and sampling options. Covariates that are not given fall to
-their nulls. What is asked for is prepared once, as an `Edit`, whose images may then be drawn a few at a time.
+their nulls, sampling options to `CHAIN` and the model's own. What is asked for is prepared once, as an `Edit`, whose
+images may then be drawn a few at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from ldm.precision import autocast
 
 if TYPE_CHECKING:
     from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
+
+#: Where nothing else is asked for. Moves at evenly spaced times make a strength the share of the training times that
+#: is walked, and many of them bring an image back to where DDIM's encoding took it from.
+CHAIN = {"num_inference_steps": 50, "timestep_spacing": "trailing"}
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ class Editing:
         precision = options.pop("precision", "float32")
         options, inputs = self.options_and_inputs(options)
         rows, inputs = self.requests({} if covariates is None else covariates, inputs, n)
-        return Request(rows, inputs, self.settings(options), precision)
+        return Request(rows, inputs, self.settings({**CHAIN, **options}), precision)
 
 
 def between(n: int, numbers: Sequence[int]) -> list[float]:

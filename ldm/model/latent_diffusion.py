@@ -55,9 +55,9 @@ class SamplingOptions:
         LdmError: an unknown name, or a number outside its range.
     """
 
-    sampler: str = "ddim"
-    num_inference_steps: int = 50
-    timestep_spacing: str = "trailing"
+    sampler: str = "dpmpp_2m_sde"
+    num_inference_steps: int = 20
+    timestep_spacing: str = "karras"
     guidance_scale: float | Mapping[str, float] = 1.0
     guidance_interval: Sequence[float] | None = None
     guidance_rescale: float = 0.0
