@@ -27,6 +27,7 @@ VERBS = {
     "train-segmenter": "train the network that measures volumes in images",
     "train-predictor": "train the network that reads covariates from images",
     "import-weights": "make one model file of published MONAI weights",
+    "segment": "segment images with an ensemble, its uncertainty beside",
     "sample": "draw images with asked covariates",
     "evaluate": "measure samples against what was asked, and write a report",
 }
