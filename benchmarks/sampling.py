@@ -108,6 +108,9 @@ def main() -> None:
     run.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="NAME[:OPTION=VALUE]", help="e.g. ddim:eta=0.5")
     run.add_argument("--calls", type=int, nargs="+", default=[5, 10, 15, 20, 30, 50], help="of all but ddpm")
     run.add_argument("--ddpm-calls", type=int, nargs="+", default=[250, 100, 50], help=f"beside the {MARK_STEPS}")
+    run.add_argument(
+        "--mark", action=argparse.BooleanOptionalAction, default=True, help=f"DDPM with all {MARK_STEPS} steps"
+    )
     run.add_argument("--timestep-spacings", nargs="+", choices=TIMESTEP_SPACINGS, default=["trailing"])
     run.add_argument("--guidance-scales", type=float, nargs="+", default=[1.0])
     run.add_argument("--batch-size", type=int, default=64)
@@ -218,7 +221,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[Configuration]:
     """Configurations: seed by seed, and for each guidance scale the mark before the others."""
     samplers = [read_sampler(text) for text in arguments.samplers]
     for seed, scale in itertools.product(arguments.seeds, arguments.guidance_scales):
-        yield Configuration("ddpm", {}, MARK_STEPS, "trailing", scale, seed)
+        if arguments.mark:
+            yield Configuration("ddpm", {}, MARK_STEPS, "trailing", scale, seed)
         for spacing, (name, options) in itertools.product(arguments.timestep_spacings, samplers):
             for calls in arguments.ddpm_calls if name == "ddpm" else arguments.calls:
                 one = Configuration(name, options, steps_of(name, calls), spacing, scale, seed)
@@ -530,8 +534,8 @@ def scale_axes(axis: Any, calls: Sequence[int]) -> None:
 
 
 def draw_curves(axis: Any, rows: Sequence[Row]) -> None:
-    """A colour a sampler, a line style a spacing."""
-    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--"), strict=True))  # leading, trailing, linspace
+    """A colour a sampler, a line style a spacing (dotted, solid, dashed, dash-dotted in the order of their list)."""
+    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-."), strict=True))
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["sampler"] for row in rows}))}
     for name, spacing in itertools.product(colours, styles):
         curve = [row for row in rows if (row["sampler"], row["timestep_spacing"]) == (name, spacing)]

@@ -379,10 +379,15 @@ def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) ->
 def panels(
     config: DictConfig, datamodule: CohortDataModule, run_dir: Path, conditioners: Mapping[str, Any], target: Target
 ) -> FigureCallback:
-    """Fixed-seed samples at covariates, label maps and images of held-out subjects; or ensembles on their images."""
+    """Fixed-seed samples at covariates, label maps and images of held-out subjects, evenly from the table's.
+
+    Of a model of label maps: ensembles on their images.
+    """
     if target.classes is not None:
         return segmentation_panels(config, datamodule, run_dir, conditioners, target.classes)
-    records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
+    valid = datamodule.cohort.split("valid")
+    shown = min(config.ldm.val_samples, len(valid))
+    records = [valid[case * len(valid) // shown] for case in range(shown)]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
     measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)

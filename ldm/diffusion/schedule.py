@@ -34,7 +34,8 @@ DEFAULT_BETAS = {
     "cosine": (None, None),
     "sigmoid": (None, None),
 }
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "karras")
+KARRAS_RHO = 7.0  # Karras et al. 2022, appendix D.1
 
 #: A chain that starts from pure noise at a level with more signal than this is told so in the log.
 MAX_SIGNAL_AT_START = 0.1
@@ -131,6 +132,16 @@ def chain(times: Sequence[int | float], alpha: Sequence[float], sigma: Sequence[
             signal,
         )
     return Grid((*times, end), (*alpha, 1.0), (*sigma, 0.0))
+
+
+def karras_levels(low: float, high: float, count: int) -> list[float]:
+    """N noise levels sigma / alpha, from ``high`` towards ``low``, evenly spaced in their 7th root.
+
+    Karras et al. 2022, eq. 5, with N + 1 points of which the last, ``low``, is left out: the last move goes from the
+    one before to the data.
+    """
+    start, end = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+    return [(start + k / count * (end - start)) ** KARRAS_RHO for k in range(count)]
 
 
 class Schedule(ABC):
@@ -295,6 +306,8 @@ class NoiseSchedule(Schedule):
         * ``"leading"``: multiples of ``floor(T / N)`` from 0. Starts at ``(N - 1) floor(T / N)``, below
           T - 1 unless N = T, so the network is told of less noise than there is.
         * ``"linspace"``: N evenly spaced times, T - 1 and 0 included, rounded. N = 1 gives t = 0 alone.
+        * ``"karras"``: the times nearest to the noise levels sigma / alpha of `karras_levels`, each once. Starts at
+          T - 1, and has more of its moves at little noise than the others.
 
         Raises:
             LdmError: ``num_inference_steps`` outside 1 .. T, or an unknown spacing.
@@ -311,6 +324,8 @@ class NoiseSchedule(Schedule):
             times = np.arange(count)[::-1] * (total // count)
         elif timestep_spacing == "linspace":
             times = np.linspace(0, total - 1, count).round()[::-1]
+        elif timestep_spacing == "karras":
+            times = self._karras_times(count)
         else:
             # Cut to N: where rounding leaves the end of the range a hair above 0 (N = 61 of T = 1000, for
             # one), it has one element more, which in diffusers becomes a step at t = -1.
@@ -319,6 +334,18 @@ class NoiseSchedule(Schedule):
 
         abar = self._alphas_cumprod[times].tolist()
         return chain(times, [math.sqrt(value) for value in abar], [math.sqrt(1 - value) for value in abar], end=-1)
+
+    def _karras_times(self, count: int) -> list[int]:
+        last = self.num_train_timesteps - 1
+        log_levels = -0.5 * torch.logit(self._alphas_cumprod).numpy()  # of sigma / alpha, (T,)
+        if last and self.ends_in_pure_noise:  # whose level is infinite: the chain starts there all the same
+            log_levels[-1] = log_levels[-2]
+        levels = karras_levels(*np.exp(log_levels[[0, -1]]), count)
+        times = [last]
+        for left, level in zip(range(count - 2, -1, -1), levels[1:], strict=True):
+            nearest = int(np.abs(log_levels - np.log(level)).argmin())
+            times.append(max(min(nearest, times[-1] - 1), left))  # each once, and enough left for those to come
+        return times
 
     @cached_property
     def _betas(self) -> Tensor:  # on the CPU, whatever device new tensors are made on by default

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 RECONSTRUCTION = {"l1": F.l1_loss, "l2": F.mse_loss}
 VALIDATION = ("psnr", "ssim", "l1", "kl", "grid_pattern", "blockiness")
+SHOWN = 4  # held-out cases in a panel
 LOSS_KEYS = (
     "reconstruction",
     "kl_weight",
@@ -224,8 +225,9 @@ class VAE(StageModule):
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))
-        if len(store["panels"]) < 4:
-            store["panels"] += [(one.cpu(), other.cpu()) for one, other in zip(x, reconstruction, strict=True)][:4]
+        batches = self.trainer.num_val_batches[0]
+        shown = [case * batches // SHOWN for case in range(SHOWN)].count(batch_index)  # evenly from all
+        store["panels"] += [(one.cpu(), other.cpu()) for one, other in zip(x, reconstruction, strict=True)][:shown]
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, among them traces of the decoder's grid, and the statistics of every latent channel."""

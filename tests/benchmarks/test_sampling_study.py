@@ -102,6 +102,12 @@ def test_a_study_that_was_killed_goes_on(study, monkeypatch):
     assert not measured
 
 
+def test_the_mark_can_be_left_out(study):
+    rows = [json.loads(line) for line in study("--no-mark", *SMALL).read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(row["ratio"] is None for row in sampling.summarise(rows))
+
+
 def line(sampler="ddpm", steps=1000, seed=0, distance=1.0, **changes):
     row = {"model": "m", "model_sha256": "m", "prediction_type": "flow", "sampler": sampler, "options": {}}
     row |= {"timestep_spacing": "trailing", "steps": steps, "calls": steps, "guidance_scale": 1.0, "seed": seed}

@@ -26,7 +26,7 @@ from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
 from ldm.diffusion.noise import draw, generators
 from ldm.diffusion.prediction import PREDICTION_TYPES, Prediction, target, to_prediction
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddim_encode, ddpm, euler, sampler
-from ldm.diffusion.schedule import Grid, NoiseSchedule
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, NoiseSchedule
 from ldm.errors import LdmError
 
 MEAN, STD = 0.3, 0.5
@@ -40,7 +40,7 @@ SCHEDULES = {
     "flow-shift": FlowSchedule(shift=3.0),
     "edm": EDMSchedule(),
 }
-SPACINGS = ["leading", "trailing", "linspace"]
+SPACINGS = ["leading", "trailing", "linspace"]  # of diffusers
 THEIRS = ["epsilon", "sample", "v_prediction"]  # the prediction types of diffusers and MONAI
 CHAINS = {
     "ddpm-small": ("ddpm", {"variance": "small"}),
@@ -157,7 +157,7 @@ def test_every_chain_is_its_papers_recursion(chain, prediction_type, schedule):
     """With the same noise, number by number; float64, and what is left of it in float32."""
     name, options = CHAINS[chain]
     schedule = SCHEDULES[schedule]
-    for spacing in SPACINGS:
+    for spacing in TIMESTEP_SPACINGS:
         grid = schedule.grid(12, spacing)
         streams, twins = generators(20, range(2)), generators(20, range(2))
         x = grid.start_std * torch.linspace(-2.5, 2.5, 24, dtype=torch.float64).reshape(2, 1, 3, 4)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,7 +155,29 @@ def test_times_are_those_of_diffusers(spacing):
         np.testing.assert_array_equal(SCHEDULES["linear"].grid(count, spacing).t[:-1], expected)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 20, 50])
+def test_karras_times_are_those_of_diffusers_less_the_last(count):
+    schedule = NoiseSchedule(1000, "scaled_linear")
+    oracle = DPMSolverMultistepScheduler(
+        1000, trained_betas=schedule.betas.numpy(), use_karras_sigmas=True, final_sigmas_type="zero"
+    )
+    oracle.set_timesteps(count + 1)
+    # diffusers rounds an interpolation between times, here the nearest time is taken
+    np.testing.assert_allclose(schedule.grid(count, "karras").t[:-1], oracle.timesteps.numpy()[:count], atol=1)
+
+
+def test_karras_levels_of_pure_noise_begin_there():
+    for schedule in (NoiseSchedule(rescale_zero_terminal_snr=True), FlowSchedule(shift=2.0)):
+        grid = schedule.grid(5, "karras")
+        assert (grid.alpha[0], grid.sigma[0]) == (0.0, 1.0)
+    flow = [sigma / alpha for alpha, sigma in zip(grid.alpha[1:-1], grid.sigma[1:-1], strict=True)]
+    expected = [2 * (999 ** (1 / 7) * (1 - k / 5) + 999 ** (-1 / 7) * k / 5) ** 7 for k in range(1, 5)]
+    assert flow == pytest.approx(expected)
+    edm = EDMSchedule()
+    assert edm.grid(5, "karras") == edm.grid(5, "trailing")
+
+
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 61, 601, 999, 1000])
 def test_a_grid_is_a_chain_of_pairs_down_to_the_data(spacing, count):
     schedule = SCHEDULES["scaled_linear"]
@@ -169,7 +191,7 @@ def test_a_grid_is_a_chain_of_pairs_down_to_the_data(spacing, count):
         )
     assert all(0 <= step.t <= 999 and step.t > step.t_prev for step in steps)
     assert (steps[-1].t_prev, steps[-1].alpha_prev, steps[-1].sigma_prev) == (-1, 1.0, 0.0)
-    if spacing == "trailing":
+    if spacing in ("trailing", "karras"):
         assert steps[0].t == 999
     for step in steps:
         assert isinstance(step.alpha, float)
