@@ -8,6 +8,7 @@ import os
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -272,10 +273,11 @@ def segment(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    twice = {record.id for record in records if sum(other.id == record.id for other in records) > 1}
-    if twice:
-        raise LdmError(f"Two subjects are called '{min(twice)}'; names of results have to differ.")
-    _same_request(out, {**source.facts, **provenance})
+    names = [record.id for record in records]
+    (name, count), *_ = Counter(names).most_common(1)
+    if count > 1:
+        raise LdmError(f"{count} subjects are called '{name}'; names of results have to differ.")
+    _same_request(out, {**source.facts, **provenance, "subjects": names})
     pending = [record for record in records if not _volumes_file(out, record).is_file()]
     if progress is not None:
         progress(len(records) - len(pending))
@@ -305,7 +307,7 @@ def write_result(out: Path, record: Record, result: Result, source: Source, geom
             images.write(out / f"{record.id}_{name}.nii.gz", _nifti(array.astype(np.float32), geometry))
         images.write(out / f"{record.id}_members.nii.gz", _nifti(members, geometry))
         images.write(out / f"{record.id}_dseg.nii.gz", _nifti(stored[None], geometry))
-    _write_text(_volumes_file(out, record), json.dumps(volumes(result, source.classes), indent=1))
+    write_json(_volumes_file(out, record), volumes(result, source.classes))
 
 
 def read_result(out: Path, record: Record, source: Source) -> Result:
@@ -384,9 +386,10 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     os.replace(temporary, path)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, path)
 
 
@@ -407,4 +410,4 @@ def _same_request(out: Path, facts: Mapping[str, Any]) -> None:
                 "remove the folder."
             )
     written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-    _write_text(path, json.dumps({**record, WRITTEN: written}, indent=1))
+    write_json(path, {**record, WRITTEN: written})

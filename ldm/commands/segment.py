@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,21 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress, track
 
-from ldm.applications.segmentation import DiffusionSource, NetworkSource, Source, check_labels, in_order, segment
+from ldm.applications.segmentation import (
+    DiffusionSource,
+    NetworkSource,
+    Source,
+    check_labels,
+    in_order,
+    segment,
+    write_json,
+)
+from ldm.applications.segmentation_evaluation import METRICS, beside, evaluate, null_for_nan, report, verdict
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.draft import Record
+from ldm.data.images import split_reference
 from ldm.errors import LdmError
 from ldm.model.file import read_header
 from ldm.model.latent_diffusion import KIND as DIFFUSION
@@ -42,13 +53,29 @@ def run(config: DictConfig) -> Path:
         for record in track(records, "checking label maps"):
             check_labels(record, source)
     out = Path(config.run_dir)
-    provenance = {"files_sha256": files_sha256({"image": [dict(record.images) for record in records]})}
+    files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
+    provenance = {"files_sha256": files_sha256({"image": sorted(files)})}
     with Progress() as bar:
         task = bar.add_task("segmenting", total=len(records))
         together = max(1, config.batch_size // source.facts["members"])
         table = segment(source, records, out, provenance, together, lambda count: bar.advance(task, count))
     logger.info("%d subjects are segmented in %s; volumes: %s", len(records), out, table)
+    if config.evaluate:
+        measure(config, source, records, out)
     return table
+
+
+def measure(config: DictConfig, source: Source, records: Sequence[Record], out: Path) -> None:
+    """Write ``metrics.json`` and ``report.html``, other evaluations of ``beside`` in the same table."""
+    with Progress() as bar:
+        task = bar.add_task("measuring", total=len({record.subject for record in records}))
+        metrics = evaluate(source, records, out, config.seed, lambda count: bar.advance(task, count))
+    write_json(out / METRICS, null_for_nan(metrics))
+    others = beside(plain(config.beside), metrics) if config.beside else {}
+    page = report(out, metrics, others)
+    for line in verdict({metrics["protocol"]["kind"]: metrics, **others}):
+        logger.info("%s", line)
+    logger.info("Report: %s", page)
 
 
 def find_source(config: DictConfig) -> Source:
@@ -74,8 +101,10 @@ def find_source(config: DictConfig) -> Source:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LatentDiffusionModel.load(paths[0], device)
     options = sampling_options(config)
-    if "options" in options:  # eta joins what the model has, such as clipping
-        options["options"] = {**(model.defaults.options or {}), **options["options"]}
+    kept = dict(model.defaults.options or {})
+    if options.get("sampler", model.defaults.sampler) != model.defaults.sampler:  # only clipping is known to all
+        kept = {name: value for name, value in kept.items() if name == "clip"}
+    options["options"] = {**kept, **options.get("options", {})}
     return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
 
 
@@ -90,6 +119,8 @@ def asked_records(config: DictConfig) -> list[Record]:
     values = filled("images", given, table)
     if not isinstance(values, list):
         values = [values]
+    if not values:
+        raise LdmError("images is an empty list; legal: {NAME: file} of one subject, a list of such, or templates.")
     labels = _as_list(filled("labels", _plain(config.labels), table), len(values))
     if len(labels) != len(values):
         raise LdmError(f"labels names {len(labels)} label maps for {len(values)} subjects; legal: one each.")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig
@@ -406,9 +405,9 @@ def segmentation_panels(
     channels = [datamodule.preprocessing.channels.index(name) for name in given]
     count = min(len(dataset), config.ldm.val_samples)
     cases = []
-    for position in np.linspace(0, len(dataset) - 1, count).round().astype(int) if count else ():
-        item = dataset[int(position)]
+    for case in range(count):
+        item = dataset[case * len(dataset) // count]
         truth = classes.classes(item["labels"]).numpy()  # (*S)
         record = datamodule.cohort.records[item["index"]]
         cases.append(Case(record.id, record.subject, item["image"][channels].numpy(), truth))
-    return SegmentationPanels(run_dir, cases, config.ldm.val_members, config.ldm.val_steps)
+    return SegmentationPanels(run_dir, cases, config.ldm.val_members, config.ldm.val_steps, config.ldm.keep_best)

@@ -83,6 +83,18 @@ def reliability(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> d
     return {"count": count.tolist(), "probability": said.tolist(), "frequency": found.tolist()}
 
 
+def pooled(diagrams: Sequence[dict[str, list]]) -> dict[str, list]:
+    """Several diagrams of :func:`reliability` with the same bins as the one of all their voxels."""
+    counts = np.array([one["count"] for one in diagrams], np.float64)  # (N, bins)
+    total = counts.sum(0)
+    with np.errstate(invalid="ignore"):
+        said, found = (
+            np.nansum(counts * np.array([one[name] for one in diagrams]), axis=0) / total
+            for name in ("probability", "frequency")
+        )
+    return {"count": total.astype(int).tolist(), "probability": said.tolist(), "frequency": found.tolist()}
+
+
 def expected_calibration_error(bins: dict[str, list]) -> float:
     """Mean of |frequency - probability| over voxels, of :func:`reliability` (Guo et al. 2017, eq. 3)."""
     count = np.array(bins["count"], np.float64)

@@ -110,6 +110,28 @@ def scatter(asked: Sequence[float], measured: Sequence[float], title: str, unit:
     return _save(figure, path)
 
 
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    path: Path,
+    diagonal: bool = False,
+) -> Path:
+    """Several curves in one plot; points of NaN are left out. ``diagonal`` draws the identity from 0 to 1."""
+    figure = Figure(figsize=(4.2, 3.4))
+    axis = figure.subplots()
+    if diagonal:
+        axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+    for name, (x, y) in series.items():
+        axis.plot(x, y, marker=".", linewidth=1, label=name)
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
 def segmentation_panel(rows: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], path: Path) -> Path:
     """A row an image, a column each of what is known of it.
 

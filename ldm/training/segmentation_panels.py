@@ -12,9 +12,11 @@ from pytorch_lightning import LightningModule, Trainer
 
 from ldm.metrics.segmentation import dice
 from ldm.model.ensemble import draw_ensembles
+from ldm.model.file import read_header
 from ldm.training import figures
 from ldm.training.panels import FigureCallback
 
+METRIC = "ldm/val/dice"
 SHOWN = 4
 
 
@@ -45,11 +47,13 @@ class SegmentationPanels(FigureCallback):
         cases: held-out images.
         members: label maps an image.
         steps: network calls each.
+        keep_best: also keep the model of the best Dice so far, as ``model-best.safetensors``.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case], members: int, steps: int) -> None:
+    def __init__(self, folder: Path, cases: Sequence[Case], members: int, steps: int, keep_best: bool = False) -> None:
         super().__init__(folder)
         self.cases, self.members, self.steps = list(cases), members, steps
+        self.best = Path(folder) / "model-best.safetensors" if keep_best else None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Segment, compare, draw."""
@@ -61,8 +65,9 @@ class SegmentationPanels(FigureCallback):
         )
         found = [ensemble.labels for ensemble in ensembles]
         scores = class_dice(found, self.cases, model.classes.names)
-        module.record({"ldm/val/dice": float(np.mean(list(scores.values())))})
-        module.record({f"ldm/val/dice/{name}": value for name, value in scores.items()})
+        mean = float(np.mean(list(scores.values())))
+        module.record({METRIC: mean, **{f"ldm/val/dice/{name}": value for name, value in scores.items()}})
+        self._keep(module, mean)
         rows = [
             panel_row(case.image, case.truth, one.labels, 1 - one.mean[0], one.variance)
             for case, one in zip(self.cases, ensembles, strict=True)
@@ -70,7 +75,16 @@ class SegmentationPanels(FigureCallback):
         path = self.folder / f"segmentation_{module.step:07d}.png"
         figures.segmentation_panel(rows[:SHOWN], names[:SHOWN], path)
         self.publish(trainer, "ldm/segmentation", path, module.step)
-        self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss", "ldm/val/dice"))
+        self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss", METRIC))
+
+    def _keep(self, module: LightningModule, mean: float) -> None:
+        """Write the model if it is the best so far; how good the last one was, its file says."""
+        if self.best is None:
+            return
+        before = read_header(self.best)["metrics"][METRIC] if self.best.is_file() else -1.0
+        if mean > before:
+            module.model.header |= {"metrics": {METRIC: mean}, "steps": module.step}
+            module.model.save(self.best)
 
 
 def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequence[str]) -> dict[str, float]:
