@@ -5,7 +5,7 @@ VENV ?= .venv
 LDM = $(VENV)/bin/ldm
 ARGS ?=
 
-VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights sample release edit evaluate \
+VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights sample release edit segment evaluate \
   compare audit
 
 .PHONY: help setup demo $(VERBS) test lint clean

@@ -52,6 +52,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         return compare_folders(config)
     folder = Path(config.run_dir)
     model, path = load_model(config)
+    if model.classes is not None:
+        raise LdmError(
+            f"{path} generates label maps; measure them with ldm segment evaluate=true, see ldm segment --help."
+        )
     expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
     if datamodule.cohort.split_hash != model.header["split_sha256"]:

@@ -29,6 +29,7 @@ VERBS = {
     "train-predictor": "train the network that reads covariates from images",
     "train-matcher": "train the network that recognises training scans",
     "import-weights": "make one model file of published MONAI weights",
+    "segment": "segment images with an ensemble, its uncertainty beside",
     "sample": "draw images with asked covariates",
     "edit": "change an image, go from one to another, or fill in a region",
     "release": "make a synthetic data set of many volumes",

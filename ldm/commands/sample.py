@@ -170,10 +170,11 @@ def asked_inputs(config: DictConfig, table: Table | None) -> dict[str, Any]:
     """
     given = {name: config.get(name) for name in SETTINGS if config.get(name) is not None}
     asked = {name: plain(value) if OmegaConf.is_config(value) else str(value) for name, value in given.items()}
-    return {name: _filled(name, value, table) for name, value in asked.items()}
+    return {name: filled(name, value, table) for name, value in asked.items()}
 
 
-def _filled(name: str, value: Any, table: Table | None) -> Any:
+def filled(name: str, value: Any, table: Table | None) -> Any:
+    """``value`` with the columns of a template filled in, one a row of the table; without a template as it is."""
     columns = _COLUMN.findall(str(value))
     if not columns:
         return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,20 @@ from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_mo
 from ldm.commands.ema import SNAPSHOTS
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
+from ldm.commands.target import LABELS, Target, asked_conditioners, check_target, find_target
 from ldm.conditioning.base import COVARIATES
 from ldm.conditioning.build import as_control, complete, with_defaults
 from ldm.conditioning.pretrained import load_encoder
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
+from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instrument
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
+from ldm.latents.space import LatentSpace
 from ldm.model.build import PIXELS, build_first_stage, construct
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
@@ -36,7 +38,8 @@ from ldm.training.data import LatentDataModule
 from ldm.training.ema import EMA
 from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.panels import SamplePanels
+from ldm.training.panels import FigureCallback, SamplePanels
+from ldm.training.segmentation_panels import Case, SegmentationPanels
 from ldm.training.snapshots import EMASnapshots, PosthocEMA
 
 logger = logging.getLogger(__name__)
@@ -46,21 +49,23 @@ def run(config: DictConfig) -> dict[str, float]:
     """Train the second stage and write ``model.safetensors``; returns the final validation metrics."""
     run_dir = Path(config.run_dir)
     check_trainer(plain(config.trainer))
+    check_target(config)
     frozen = frozen_model(config)
-    check_diffusion(plain(config.ldm))
+    check_diffusion({**plain(config.ldm), "conditioners": asked_conditioners(config)})
     in_pixels = config.vae.network.kind == PIXELS
     first_stage = first_stage_of(frozen) if frozen else None if in_pixels else load_first_stage(config)
     datamodule = prepared(cohort_datamodule(config))
-    first_stage = first_stage or pixel_space(config, datamodule)
+    target = find_target(config, datamodule)
+    first_stage = first_stage or pixel_space(target.preprocessing)
     conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
-    same_preprocessing(first_stage, datamodule, conditioners)
+    same_preprocessing(first_stage, target.preprocessing)
     train, valid = (
-        posterior_cache(config, datamodule, first_stage, split, conditioners) for split in ("train", "valid")
+        posterior_cache(config, datamodule, first_stage, split, conditioners, target) for split in ("train", "valid")
     )
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
     write_config(config, run_dir)
-    model = build_model(config, datamodule, first_stage, train, conditioners, frozen)
+    model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
@@ -85,7 +90,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
         loggers=loggers(config),
-        callbacks=[sample_panels(config, datamodule, run_dir, conditioners), *snapshots],
+        callbacks=[panels(config, datamodule, run_dir, conditioners, target), *snapshots],
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")
     return metrics
@@ -99,6 +104,7 @@ def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any], widths: Se
         "denoiser": header["denoiser"],
         "condition": header["condition"],
         **({"conditioners": ldm["conditioners"]} if header["conditioners"] else {}),
+        **({"target": header["target"]} if "target" in header else {}),
         **({"text_encoder_sha256": encoder["sha256"]} if encoder else {}),
         **({"control": header["control"]} if "control" in header else {}),
         "schedule": header["schedule"],
@@ -158,11 +164,11 @@ def load_first_stage(config: DictConfig) -> FirstStage:
     return first_stage
 
 
-def pixel_space(config: DictConfig, datamodule: CohortDataModule) -> FirstStage:
-    """The first stage that changes nothing, for the channels that are generated."""
-    channels = diffused_channels(datamodule, plain(config.ldm)["conditioners"])
-    network = {"kind": PIXELS, "spatial_dims": config.data.spatial_dims, "in_channels": len(channels)}
-    return FirstStage(build_first_stage(network), network, replace(datamodule.preprocessing, channels=channels))
+def pixel_space(preprocessing: Preprocessing) -> FirstStage:
+    """The first stage that changes nothing, for what is generated."""
+    channels = len(preprocessing.channels)
+    network = {"kind": PIXELS, "spatial_dims": preprocessing.spatial_dims, "in_channels": channels}
+    return FirstStage(build_first_stage(network), network, preprocessing)
 
 
 def describe_conditioners(
@@ -176,7 +182,7 @@ def describe_conditioners(
     Raises:
         LdmError: a setting that is not legal or that the cohort does not allow.
     """
-    cohort, asked = datamodule.cohort, plain(config.ldm)["conditioners"]
+    cohort, asked = datamodule.cohort, asked_conditioners(config)
     if ("mask" in asked or config.ldm.latents.labels) and not all(record.labels for record in cohort.records):
         raise LdmError(
             "ldm.conditioners.mask and ldm.latents.labels need a label map for every image; set data.labels."
@@ -188,26 +194,24 @@ def describe_conditioners(
         cohort.channels,
         first_stage.network.downsampling_factor,
         datamodule.dataset("all").label_values() if "mask" in asked else (),
+        all_given=config.ldm.target == LABELS,
     )
     if "image" in conditioners and cohort.channels != datamodule.preprocessing.channels:
         raise LdmError("ldm.conditioners.image needs a file for each channel in data.image, e.g. {T1: ..., T2: ...}.")
     return conditioners if frozen is None else {**frozen.header.get("conditioners", {}), **as_control(conditioners)}
 
 
-def diffused_channels(datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> tuple[str, ...]:
-    """The channels that are generated: all but those that are given as condition."""
-    given = (conditioners.get("image") or {}).get("channels") or ()
-    return tuple(name for name in datamodule.preprocessing.channels if name not in given)
-
-
-def same_preprocessing(first_stage: FirstStage, datamodule: CohortDataModule, conditioners: Mapping[str, Any]) -> None:
+def same_preprocessing(first_stage: FirstStage, preprocessing: Preprocessing) -> None:
     """Refuse a cohort that is prepared otherwise than the first stage's training images were.
+
+    Args:
+        first_stage: a trained one.
+        preprocessing: of what is to be generated.
 
     Raises:
         LdmError: naming what differs.
     """
-    ours, theirs = datamodule.preprocessing.to_dict(), first_stage.preprocessing.to_dict()
-    ours["channels"] = list(diffused_channels(datamodule, conditioners))
+    ours, theirs = preprocessing.to_dict(), first_stage.preprocessing.to_dict()
     differing = [name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]]
     if differing:
         what = "; ".join(f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing)
@@ -220,6 +224,7 @@ def posterior_cache(
     first_stage: FirstStage,
     split: str,
     conditioners: Mapping[str, Any],
+    target: Target,
 ) -> PosteriorCache:
     """The posteriors of a split, encoded now if they are not there yet (by the first process only)."""
     augmented = split == "train" and config.ldm.latents.variants > 1
@@ -228,7 +233,7 @@ def posterior_cache(
     label_classes = LabelClasses.from_config(data["label_names"]) if keep_labels else None
     channels = datamodule.preprocessing.channels
     given = conditioners.get("image", {}).get("channels", ())
-    diffused = [channels.index(name) for name in diffused_channels(datamodule, conditioners)]
+    diffused = [channels.index(name) for name in target.preprocessing.channels if target.classes is None]
     encoder = CohortEncoder(
         first_stage.network,
         datamodule.dataset(split),
@@ -238,6 +243,7 @@ def posterior_cache(
         label_classes=label_classes,
         diffused=tuple(diffused) if given else None,
         conditions=tuple(channels.index(name) for name in given),
+        targets=target.classes,
         spacing=datamodule.spacing,
         value_range=datamodule.preprocessing.value_range,
         seed=config.seed,
@@ -253,6 +259,7 @@ def posterior_cache(
         "augment": data["augment"] if augmented else None,
         "labels": None if label_classes is None else {"shares": label_classes.values},
         **({"images": list(given)} if given else {}),
+        **({"target": target.classes.values} if target.classes else {}),
         "variants": encoder.variants,
         "seed": config.seed if augmented else None,
         "dtype": config.ldm.latents.dtype,
@@ -283,9 +290,13 @@ def build_model(
     first_stage: FirstStage,
     train: PosteriorCache,
     conditioners: Mapping[str, Any],
+    target: Target,
     frozen: LatentDiffusionModel | None = None,
 ) -> LatentDiffusionModel:
-    """An untrained model for this cohort, with its latent statistics fitted; or an untrained control on ``frozen``."""
+    """An untrained model for this cohort, with its latent statistics fitted; or an untrained control on ``frozen``.
+
+    Masks in pixel space are not scaled: they stay in [-1, 1].
+    """
     ldm = plain(config.ldm)
     header: dict[str, Any] = {
         "cohort": datamodule.cohort.name,
@@ -305,20 +316,21 @@ def build_model(
         "metrics": {},
         "seed": config.seed,
     }
-    preprocessing = replace(datamodule.preprocessing, channels=diffused_channels(datamodule, conditioners))
+    if target.classes is not None:
+        header |= {"target": target.facts, "input_preprocessing": datamodule.preprocessing.to_dict()}
+    as_it_is = target.classes is not None and first_stage.config["kind"] == PIXELS
     torch.manual_seed(config.seed)
     if frozen is None:
         schema = datamodule.schema
         distribution = datamodule.cohort.distribution() if len(schema) else None
-        model = LatentDiffusionModel(
-            header, train.fit_space(), preprocessing, schema, distribution, first_stage.network
-        )
+        space = LatentSpace.identity(len(target.classes.names)) if as_it_is else train.fit_space()
+        model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
         fit_conditioners(model, train, ldm["conditioners"])
     else:
         model = LatentDiffusionModel(
             {**header, **control_facts(frozen)},
             frozen.latent_space,
-            preprocessing,
+            target.preprocessing,
             frozen.schema,
             frozen.distribution,
             first_stage.network,
@@ -363,10 +375,15 @@ def expect_short_captions(model: LatentDiffusionModel, train: PosteriorCache) ->
     logger.info("Captions such as: %s", text.caption(rows[0]))
 
 
-def sample_panels(
-    config: DictConfig, datamodule: CohortDataModule, run_dir: Path, conditioners: Mapping[str, Any]
-) -> SamplePanels:
-    """Fixed-seed samples at covariates, label maps and images of held-out subjects, evenly from the table's."""
+def panels(
+    config: DictConfig, datamodule: CohortDataModule, run_dir: Path, conditioners: Mapping[str, Any], target: Target
+) -> FigureCallback:
+    """Fixed-seed samples at covariates, label maps and images of held-out subjects, evenly from the table's.
+
+    Of a model of label maps: ensembles on their images.
+    """
+    if target.classes is not None:
+        return segmentation_panels(config, datamodule, run_dir, conditioners, target.classes)
     valid = datamodule.cohort.split("valid")
     shown = min(config.ldm.val_samples, len(valid))
     records = [valid[case * len(valid) // shown] for case in range(shown)]
@@ -374,3 +391,23 @@ def sample_panels(
     rows = [dict(record.covariates) for record in records]
     measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
     return SamplePanels(run_dir, rows, config.ldm.val_steps, measure, inputs)
+
+
+def segmentation_panels(
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    run_dir: Path,
+    conditioners: Mapping[str, Any],
+    classes: LabelClasses,
+) -> SegmentationPanels:
+    """Few-step ensembles on held-out images, spread over the split, against their label maps."""
+    dataset, given = datamodule.dataset("valid"), conditioners["image"]["channels"]
+    channels = [datamodule.preprocessing.channels.index(name) for name in given]
+    count = min(len(dataset), config.ldm.val_samples)
+    cases = []
+    for case in range(count):
+        item = dataset[case * len(dataset) // count]
+        truth = classes.classes(item["labels"]).numpy()  # (*S)
+        record = datamodule.cohort.records[item["index"]]
+        cases.append(Case(record.id, record.subject, item["image"][channels].numpy(), truth))
+    return SegmentationPanels(run_dir, cases, config.ldm.val_members, config.ldm.val_steps, config.ldm.keep_best)

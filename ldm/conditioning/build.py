@@ -106,6 +106,7 @@ def complete(
     channels: Sequence[str],
     factor: int,
     label_values: Collection[int] = (),
+    all_given: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The conditioners as a model file describes them.
 
@@ -116,6 +117,7 @@ def complete(
         channels: of the cohort's images.
         factor: of the first stage: sides of an image over those of the latent.
         label_values: that the cohort's label maps have.
+        all_given: whether every channel may be given, because something else is generated.
 
     Raises:
         LdmError: see :func:`with_defaults`; no label names, unknown channels, or a caption that does not fit.
@@ -126,12 +128,11 @@ def complete(
         raise LdmError(f"data.covariates.{clash[0]} has the name of a conditioner; give the covariate another.")
     if "mask" in settings:
         settings["mask"]["factor"] = factor
-        classes = LabelClasses.from_config(label_names).values
-        named = {0, *(value for values in classes.values() for value in values)}
-        settings["mask"]["labels"] = {name: list(values) for name, values in classes.items()}
-        settings["mask"]["unnamed"] = sorted(set(label_values) - named)
+        classes = LabelClasses.from_config(label_names)
+        settings["mask"]["labels"] = {name: list(values) for name, values in classes.values.items()}
+        settings["mask"]["unnamed"] = classes.unknown(label_values)
     if "image" in settings:
-        _check_channels(settings["image"]["channels"], channels)
+        _check_channels(settings["image"]["channels"], channels, all_given)
         settings["image"]["factor"] = factor
     if "text" in settings:
         settings["text"] = _complete_text(settings["text"], schema)
@@ -205,14 +206,14 @@ def _build_text(settings: dict[str, Any], schema: CovariateSchema, width: int, w
     return TextConditioner(encoder, tokenize, caption, width, tokens, drop_rate, where)
 
 
-def _check_channels(chosen: Sequence[str], channels: Sequence[str]) -> None:
+def _check_channels(chosen: Sequence[str], channels: Sequence[str], all_given: bool) -> None:
     for name in chosen:
         if name not in channels:
             raise LdmError(
                 f"{WHERE}.image.channels: there is no channel '{name}' in data.image; legal: {', '.join(channels)}."
                 f"{nearest(name, channels)}"
             )
-    if len(set(chosen)) != len(chosen) or len(chosen) == len(channels):
+    if len(set(chosen)) != len(chosen) or (len(chosen) == len(channels) and not all_given):
         raise LdmError(
             f"{WHERE}.image.channels is {list(chosen)}; name each once, and leave one of {', '.join(channels)} to be "
             "generated."

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.data.slices import checked_slices
 from ldm.errors import LdmError, nearest
 
 SPLITS = ("train", "valid", "test")
@@ -25,11 +26,13 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "labels": None,
     "label_names": {},
+    "slices": None,
     "covariates": {},
     "missing_covariate": None,
     "split": {},
     "orientation": "RAS",
     "spacing_mm": None,
+    "pixel_size": None,
     "shape": None,
     "intensity": {},
     "faults": "stop",
@@ -46,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "instrument": None,
 }
 """Every key of ``conf/data/base.yaml``, for configurations that are given as plain mappings."""
-SPLIT_DEFAULTS = {"column": None, "seed": 0, "fractions": {"train": 0.8, "valid": 0.1, "test": 0.1}}
+SPLIT_DEFAULTS = {"column": None, "carve_out": None, "seed": 0, "fractions": {"train": 0.8, "valid": 0.1, "test": 0.1}}
 
 
 def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
@@ -67,7 +70,9 @@ def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     _one_of(config["missing_covariate"], MISSING_POLICIES, "data.missing_covariate")
     _one_of(config["faults"], POLICIES, "data.faults")
     _one_of(config["subjects_linked"], (True, False), "data.subjects_linked")
+    config["slices"] = checked_slices(config["slices"], config["spatial_dims"])
     _check_fractions(config["split"]["fractions"])
+    _check_carve_out(config["split"])
     for key in ("root", "image"):
         if not config[key] or config[key] == MISSING:
             raise LdmError(f"data.{key} is not set; see conf/data/base.yaml for what it means")
@@ -93,6 +98,12 @@ def _one_of(value: Any, legal: Sequence[Any], where: str) -> None:
     if value not in legal:
         words = ", ".join(str(item) for item in legal)
         raise LdmError(f"{where} is {value!r}.{nearest(str(value), map(str, legal))} Legal: {words}")
+
+
+def _check_carve_out(split: Mapping[str, Any]) -> None:
+    share = split["carve_out"]
+    if share is not None and not (split["column"] and isinstance(share, float) and 0 < share < 1):
+        raise LdmError(f"data.split.carve_out is {share}; legal: null, or with data.split.column a share such as 0.1.")
 
 
 def _check_fractions(fractions: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ from ldm.data.cohort_config import SPLITS, complete_config
 from ldm.data.expressions import Expression, parse
 from ldm.data.faults import Fault
 from ldm.data.schema import Covariate, CovariateSchema, Value
+from ldm.data.slices import slice_id, slice_rows, slice_template
 from ldm.data.table import Row, Table, read_table, table_from_files
 from ldm.data.templates import EscapeError, MissingValueError, Template
 from ldm.errors import LdmError, nearest
@@ -124,6 +125,9 @@ def draft_cohort(data_cfg: Mapping[str, Any] | DictConfig) -> Draft:
     draft = Draft(config, root, CovariateSchema.from_config(config["covariates"]))
     draft.templates = _file_templates(config)
     table = read_table(table_path) if table_path else table_from_files(root, next(iter(draft.templates.values())))
+    if config["slices"]:
+        table, config["id"] = slice_rows(table, config["slices"]), slice_id(str(config["id"]), config["slices"])
+        draft.templates = {name: slice_template(one, config["slices"]) for name, one in draft.templates.items()}
     _Reader(draft, table).read()
     return draft
 
@@ -222,7 +226,7 @@ class _Reader:
             if len(found.get(who, ())) > 1:
                 reason = f"subject '{who}' is in several splits: {', '.join(sorted(found[who]))}"
                 self._fault(place, "subject-in-two-splits", reason, "put all rows of a subject into one split", key)
-        return {who: min(splits) for who, splits in found.items()}
+        return carved({who: min(splits) for who, splits in found.items()}, settings)
 
     def _add_record(self, row: Row, place: str, key: str, who: str, splits: Mapping[str, str]) -> None:
         paths = {name: self._text(template, row, place, key) for name, template in self.draft.templates.items()}
@@ -296,6 +300,20 @@ def split_subjects(subjects: Collection[str], seed: int, fractions: Mapping[str,
     names = ["test"] * counts["test"] + ["valid"] * counts["valid"]
     names += ["train"] * max(0, len(order) - len(names))
     return dict(zip(order, names, strict=False))
+
+
+def carved(splits: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """With ``split.carve_out``, validation subjects out of the training split; those of the table are test ones.
+
+    Args:
+        splits: subject -> split, of the table's column.
+        settings: ``data.split``.
+    """
+    if settings["carve_out"] is None:
+        return dict(splits)
+    train = [who for who, split in splits.items() if split == "train"]
+    held_out = {who: "test" for who in splits if who not in train}
+    return held_out | split_subjects(train, settings["seed"], {"valid": settings["carve_out"]})
 
 
 def _value(covariate: Covariate, expression: Expression, row: Row) -> Value:

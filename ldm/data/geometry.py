@@ -4,7 +4,7 @@ On the way in a volume is reoriented, resampled to the model's spacing and centr
 model's shape. A `Geometry` records the three steps, tells the affine after them, and undoes them, so that
 what a model produces lies on the original grid again: same shape, affine, orientation and spacing.
 
-Pictures and slices (2-D) have no affine; only the crop/pad box applies to their pixel rows and columns.
+Pictures and slices (2-D) have no affine: their pixels have side 1, and only resampling and the crop/pad box apply.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Geometry:
     shape:           spatial shape of the model's grid.
     original_affine: (4, 4) voxel index to world (RAS+) in mm; None for 2-D.
     orientation:     axis codes of the model's grid, e.g. ``RAS``; None keeps the file's axes.
-    spacing:         voxel size of the model's grid in mm along its axes; None keeps the file's.
+    spacing:         voxel size of the model's grid in mm along its axes (2-D: in file pixels); None keeps the file's.
     space_code:      NIfTI code of the world the affine leads to (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     """
 
@@ -64,7 +64,7 @@ class Geometry:
         Raises LdmError for axis codes, spacing or shape that do not fit the number of axes.
         """
         ndim = len(original_shape)
-        if original_affine is None and (orientation is not None or spacing is not None):
+        if original_affine is None and (orientation is not None or (spacing is not None and ndim == 3)):
             raise LdmError("orientation and spacing_mm need an affine; set both to null for images without one.")
         if shape is not None and len(shape) != ndim:
             raise LdmError(f"shape {list(shape)} has {len(shape)} axes, but the images have {ndim}.")
@@ -113,9 +113,10 @@ class Geometry:
     @cached_property
     def _ratio(self) -> tuple[float, ...]:
         """New voxel size over old one, per axis of the model's grid; 1 where nothing is resampled."""
-        if self.spacing is None or self._oriented_affine is None:
+        if self.spacing is None:
             return (1.0,) * len(self.original_shape)
-        ratios = np.array(self.spacing) / nib.affines.voxel_sizes(self._oriented_affine)
+        known = self._oriented_affine is not None
+        ratios = np.array(self.spacing) / (nib.affines.voxel_sizes(self._oriented_affine) if known else 1.0)
         return tuple(1.0 if abs(ratio - 1.0) < SPACING_TOLERANCE else float(ratio) for ratio in ratios)
 
     @cached_property

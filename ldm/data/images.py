@@ -7,6 +7,7 @@ A *reference* names an image: a path, optionally followed by ``::`` and a select
 ``T1/sub-01.nii.gz::axial[40]`` one slice of a NIfTI volume, counted along the RAS axis
 ``xray/0001.png``               PNG, JPEG or TIFF, grey (1 channel) or RGB (3 channels)
 ``slices.npz::images[3]``       row 3 of the array ``images``; ``slices.npz::images`` is the whole array
+``slices.npz::images[3,1]``     channel 1 of row 3
 ``slices.npy::[3]``             row 3 of an ``.npy`` array
 ``x.npz::unpackbits(masks[3])`` the same for masks stored with ``np.packbits(mask, axis=-1)``
 ==============================  ==========================================================================
@@ -248,23 +249,39 @@ def _nifti_facts(path: Path, nifti: nib.Nifti1Image) -> dict[str, Any]:
 
 
 def _read_nifti(path: Path, selector: str | None, spatial_dims: int | None) -> Image:
+    if selector is not None:
+        stat = path.stat()
+        ras, facts = _ras_volume(path, stat.st_mtime_ns, stat.st_size)
+        return Image(_nifti_slice(path, ras, selector), None, facts)
+    image = _nifti_volume(path)
+    if spatial_dims == 2 and 1 in image.array.shape[1:]:
+        ras = _to_ras(image.array, image.affine)
+        return Image(_upright(np.take(ras, 0, axis=ras.shape.index(1, 1))), None, image.facts)
+    return image
+
+
+def _nifti_volume(path: Path) -> Image:
     nifti = _open_nifti(path)
     shape, channels = _nifti_shape(path, nifti.shape)
-    affine = _nifti_affine(path, nifti)
-    facts = _nifti_facts(path, nifti)
+    affine, facts = _nifti_affine(path, nifti), _nifti_facts(path, nifti)
     # nibabel applies slope and intercept in float64 and leaves unscaled integers as they are, so that
     # integer labels and large intensities are rounded once at most, to float32.
     stored = _attempt(path, "NIfTI", lambda: np.asanyarray(nifti.dataobj))
     array = np.moveaxis(stored.reshape(*shape, channels), -1, 0).astype(np.float32)
-    if selector is not None:
-        return Image(_nifti_slice(path, array, affine, selector), None, facts)
-    if spatial_dims == 2 and 1 in shape:
-        ras = _to_ras(array, affine)
-        return Image(_upright(np.take(ras, 0, axis=ras.shape.index(1, 1))), None, facts)
     return Image(np.ascontiguousarray(array), affine, facts)
 
 
-def _nifti_slice(path: Path, array: np.ndarray, affine: np.ndarray, selector: str) -> np.ndarray:
+# A compressed volume can only be read whole: the last ones are kept, so that reading slice after slice of the channels
+# of a subject does not read each volume once a slice. The stat values make an overwritten file a new entry.
+@functools.lru_cache(maxsize=8)
+def _ras_volume(path: Path, mtime_ns: int, size: int) -> tuple[np.ndarray, dict[str, Any]]:
+    image = _nifti_volume(path)
+    ras = _to_ras(image.array, image.affine)
+    ras.flags.writeable = False
+    return ras, image.facts
+
+
+def _nifti_slice(path: Path, ras: np.ndarray, selector: str) -> np.ndarray:
     """One slice (C, H, W): top is superior (axial: anterior), left is patient left (sagittal: posterior)."""
     match = re.fullmatch(r"(\w+)\[(\d+)\]", selector)
     if not match or match[1] not in PLANES:
@@ -273,7 +290,6 @@ def _nifti_slice(path: Path, array: np.ndarray, affine: np.ndarray, selector: st
             f"{path}{SEPARATOR}{selector}: not a slice of a volume.{hint} "
             "Legal: sagittal[i], coronal[j], axial[k], counted from left, posterior, inferior."
         )
-    ras = _to_ras(array, affine)
     axis, index = PLANES[match[1]], int(match[2])
     if index >= ras.shape[axis + 1]:
         raise LdmError(
@@ -325,15 +341,15 @@ def _picture_pixels(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _read_numpy(path: Path, selector: str | None, spatial_dims: int | None) -> Image:
-    key, row, packed = _numpy_selector(path, selector)
+    key, indices, packed = _numpy_selector(path, selector)
     stat = path.stat()
     stored = _attempt(
         path, "a NumPy array", lambda: _load_numpy(str(path), stat.st_mtime_ns, stat.st_size, key or None)
     )
-    if row is not None:
-        if stored.ndim == 0 or row >= len(stored):
-            raise LdmError(f"{path}{SEPARATOR}{selector}: there is no row {row}; the array has shape {stored.shape}.")
-        stored = stored[row]
+    if len(indices) > stored.ndim or any(index >= size for index, size in zip(indices, stored.shape, strict=False)):
+        row = ",".join(map(str, indices))
+        raise LdmError(f"{path}{SEPARATOR}{selector}: there is no row {row}; the array has shape {stored.shape}.")
+    stored = stored[indices]
     if packed:
         if stored.dtype != np.uint8:
             raise LdmError(f"{path}{SEPARATOR}{selector}: unpackbits needs uint8, not {stored.dtype}.")
@@ -343,15 +359,16 @@ def _read_numpy(path: Path, selector: str | None, spatial_dims: int | None) -> I
     return Image(np.ascontiguousarray(array, dtype=np.float32), None, facts)
 
 
-def _numpy_selector(path: Path, selector: str | None) -> tuple[str, int | None, bool]:
-    """``unpackbits(key[row])`` -> key, row or None, whether the bits are packed."""
+def _numpy_selector(path: Path, selector: str | None) -> tuple[str, tuple[int, ...], bool]:
+    """``unpackbits(key[row,channel])`` -> key, what is written of row and channel, whether the bits are packed."""
     packed = re.fullmatch(r"unpackbits\((.*)\)", selector or "")
-    match = re.fullmatch(r"([^\[\]()]*?)(?:\[(\d+)\])?", packed[1] if packed else selector or "")
+    match = re.fullmatch(r"([^\[\]()]*?)(?:\[(\d+(?:,\d+)?)\])?", packed[1] if packed else selector or "")
     is_npz = _suffix(path) == ".npz"
     if match is None or bool(match[1]) != is_npz:
         form = "'file.npz::key[row]' or 'file.npz::key'" if is_npz else "'file.npy::[row]' or 'file.npy'"
         raise LdmError(f"{path}: selector '{selector or ''}' does not fit. Write {form}.")
-    return match[1], None if match[2] is None else int(match[2]), packed is not None
+    indices = () if match[2] is None else tuple(int(index) for index in match[2].split(","))
+    return match[1], indices, packed is not None
 
 
 # An .npz member can only be decompressed whole: the last ones are kept, so that reading row after row

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
+
+#: how a mask that is generated is stored: 0 and 1 in files, -1 and 1 for the model (Wolleb et al. 2022)
+MASK_INTENSITY = IntensityRecipe("window", lower=0.0, upper=1.0, range=(-1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,17 @@ class LabelClasses:
         for index, values in enumerate(self.values.values(), 1):
             table[list(values)] = index
         return table.to(labels.device)[labels.long()]
+
+    def masks(self, labels: Tensor) -> Tensor:
+        """Stored values ``(*S)`` uint8 -> masks ``(K, *S)`` of all classes but background: -1 outside, 1 inside."""
+        inside = [self.classes(labels) == index for index in range(1, len(self))]
+        return 2.0 * torch.stack(inside).float() - 1.0  # (K, *S)
+
+    def values_of(self, classes: Tensor) -> Tensor:
+        """Class indices ``(...)`` -> stored values uint8, the first of each class."""
+        first = [0, *(values[0] for values in self.values.values())]
+        return torch.tensor(first, dtype=torch.uint8)[classes.long()]
+
+    def unknown(self, values: Collection[int]) -> list[int]:
+        """Those of some stored values that are neither in a class nor 0."""
+        return sorted(set(values) - {0, *(value for entry in self.values.values() for value in entry)})

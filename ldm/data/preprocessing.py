@@ -47,7 +47,7 @@ class Preprocessing:
 
     spatial_dims: 2 or 3.
     orientation:  axis codes of the model's grid, e.g. ``RAS``; None keeps each file's. 3-D only.
-    spacing:      voxel size in mm along the model's axes; None keeps each file's. 3-D only.
+    spacing:      voxel size in mm along the model's axes, 2-D: in pixels of the files; None keeps each file's.
     shape:        the model's spatial shape; None until `fit`.
     multiple:     what each axis of ``shape`` must be a multiple of, for the networks.
     intensity:    the intensity recipe, applied per channel.
@@ -76,8 +76,16 @@ class Preprocessing:
         orientation, spacing = data_cfg.get("orientation"), data_cfg.get("spacing_mm")
         if spatial_dims == 2:
             if spacing is not None:
-                raise LdmError("data.spacing_mm: pictures and slices are not resampled; set it to null.")
+                raise LdmError("data.spacing_mm: pictures and slices have no mm; set it to null, and data.pixel_size.")
+            size = data_cfg.get("pixel_size")
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int | float) or not size > 0):
+                raise LdmError(
+                    f"data.pixel_size: {size!r} is not legal. Write how many stored pixels a side has, or null."
+                )
+            spacing = size
             orientation = None  # slices are cut along RAS axes already, and pictures have no orientation
+        elif data_cfg.get("pixel_size") is not None:
+            raise LdmError("data.pixel_size is of 2-D images; for volumes set data.spacing_mm.")
         factors, shape = per_axis(multiple, spatial_dims), data_cfg.get("shape")
         if shape is not None and len(shape) != spatial_dims:
             raise LdmError(f"data.shape: {list(shape)} needs {spatial_dims} sizes, one per axis.")
@@ -317,7 +325,7 @@ class Preprocessing:
                     f"{ref}: has {len(header.shape) - 1} spatial axes, but data.spatial_dims is "
                     f"{self.spatial_dims}. Select a slice with '::axial[k]' to use a volume as 2-D."
                 )
-            if header.affine is None and (self.orientation or self.spacing):
+            if header.affine is None and (self.orientation or (self.spacing and self.spatial_dims == 3)):
                 raise LdmError(f"{ref}: has no affine; set data.orientation and data.spacing_mm to null or use NIfTI.")
         return headers
 
@@ -336,9 +344,8 @@ class Preprocessing:
         if all(_same_grid(first, way) for way in ways_in[1:]):
             return first
         chosen = ways_in[_nearest_to_median(ways_in)]
-        return Geometry.plan(
-            chosen.shape, chosen.affine, self.orientation, self.spacing, chosen.shape, chosen.space_code
-        )
+        spacing = self.spacing if chosen.affine is not None else None  # pixels of the model are what they are
+        return Geometry.plan(chosen.shape, chosen.affine, self.orientation, spacing, chosen.shape, chosen.space_code)
 
 
 def _plain(value: Any) -> Any:

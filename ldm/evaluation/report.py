@@ -80,6 +80,12 @@ def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapp
     return _write(path, page)
 
 
+def write_page(path: Path, template: str, pictures: Mapping[str, Path], **content: Any) -> Path:
+    """Write a page of another template; ``pictures`` are embedded under their names."""
+    embedded = {name: _embed(picture) for name, picture in pictures.items()}
+    return _write(path, _template(template).render(pictures=embedded, **content))
+
+
 def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -35,6 +35,7 @@ class CohortEncoder:
         label_classes: the classes of label maps that travel along as planes, or None.
         diffused: channels of the image that are encoded; None for all.
         conditions: channels of the image that travel along as planes instead.
+        targets: classes whose masks are encoded in place of image channels, or None.
         spacing: voxel size in mm, for rotations.
         value_range: intensity range of the images.
     """
@@ -47,6 +48,7 @@ class CohortEncoder:
     label_classes: LabelClasses | None = None
     diffused: tuple[int, ...] | None = None
     conditions: tuple[int, ...] = ()
+    targets: LabelClasses | None = None
     spacing: tuple[float, ...] | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
     seed: int = 0
@@ -81,13 +83,18 @@ class CohortEncoder:
 
     @torch.no_grad()
     def _encode(self, items: list[Mapping[str, Any]]) -> Iterator[CacheItem]:
-        images = torch.stack([item["image"] for item in items]).to(self.device)  # (B, C, *S)
-        encoded = images if self.diffused is None else images[:, list(self.diffused)]
+        encoded = torch.stack([self._encoded(item) for item in items]).to(self.device)  # (B, C, *S)
         with autocast(torch.device(self.device)):
             means, stds = self.first_stage.encode(encoded)  # (B, c, *s) each
         for item, mean, std in zip(items, means.float().cpu(), stds.float().cpu(), strict=True):
             planes = self._planes(item, tuple(mean.shape[1:]))
             yield CacheItem(mean, std, item["covariates"].numpy(), int(item["index"]), item["variant"], planes)
+
+    def _encoded(self, item: Mapping[str, Any]) -> Tensor:
+        """What of an item is encoded: masks of classes, or channels of the image; ``(C, *S)``."""
+        if self.targets is not None:
+            return self.targets.masks(item["labels"])
+        return item["image"] if self.diffused is None else item["image"][list(self.diffused)]
 
     def _planes(self, item: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         planes = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.conditioning.base import COVARIATES, Condition, stack
 from ldm.conditioning.planes import PlaneConditioner
 from ldm.data.distribution import CovariateDistribution
+from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion import guidance, noise
@@ -83,7 +84,8 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
     Args:
         header: the description that is written into the file; see :meth:`describe`.
         space: latent statistics.
-        preprocessing: how scans became model input, and the way back.
+        preprocessing: how scans became model input, and the way back. That of images that are given lies in the header
+            as ``input_preprocessing`` where what is generated is something else, label maps.
         schema: covariates the model knows.
         distribution: description of the training covariates, used when none are asked for.
     """
@@ -103,6 +105,8 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
         super().__init__()
         self.header = dict(header)
         self.preprocessing, self.schema, self.distribution = preprocessing, schema, distribution
+        given = header.get("input_preprocessing")
+        self.input_preprocessing = preprocessing if given is None else Preprocessing.from_dict(given)
         self.first_stage = freeze(first_stage or build_first_stage(header["first_stage"]))
         self.latent_space = space
         self.network = ConditionalDenoiser(header, schema)
@@ -117,6 +121,12 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.latent_space.mean.device
+
+    @property
+    def classes(self) -> LabelClasses | None:
+        """The classes of a model that generates label maps, a mask each; None for one that generates images."""
+        target = self.header.get("target")
+        return None if target is None else LabelClasses.from_config(target["labels"])
 
     # --- one file -----------------------------------------------------------------------------------
 
@@ -201,7 +211,8 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
     def encode_condition(self, rows: Sequence[CovariateRow], inputs: Inputs | None = None) -> Condition:
         """The condition of rows and inputs, one each a sample; see :func:`ldm.model.inputs.encode_condition`."""
         size = self.latent_shape[1:]
-        condition = encode_condition(self.network.conditioners, self.preprocessing, self.schema, size, rows, inputs)
+        recipe = self.input_preprocessing
+        condition = encode_condition(self.network.conditioners, recipe, self.schema, size, rows, inputs)
         return {name: value.to(self.device) for name, value in condition.items()}
 
     def batch_condition(self, batch: Mapping[str, Any]) -> Condition:

@@ -25,7 +25,8 @@ def build_segmenter(config: Mapping[str, Any]) -> nn.Module:
     """MONAI's residual U-Net.
 
     Args:
-        config: ``spatial_dims``, ``in_channels``, ``out_channels``, ``channels`` (a level each), ``num_res_units``.
+        config: ``spatial_dims``, ``in_channels``, ``out_channels``, ``channels`` (a level each), ``num_res_units`` and,
+            unless it is 0, ``dropout``.
     """
     channels = tuple(config["channels"])
     return UNet(
@@ -35,6 +36,7 @@ def build_segmenter(config: Mapping[str, Any]) -> nn.Module:
         channels,
         strides=(2,) * (len(channels) - 1),
         num_res_units=config["num_res_units"],
+        dropout=config.get("dropout", 0.0),
         norm="INSTANCE",
     )
 
@@ -86,6 +88,22 @@ class Segmenter:
             header["metrics"],
             header["facts"],
         )
+
+    @torch.no_grad()
+    def probabilities(self, images: np.ndarray, dropout: bool = False) -> np.ndarray:
+        """Probabilities of classes ``(B, K, *S)`` float32 of preprocessed images ``(B, C, *S)``.
+
+        With ``dropout`` what it leaves out in training is left out now too, drawn from torch's generator.
+        """
+        layers = [one for one in self.network.modules() if isinstance(one, nn.modules.dropout._DropoutNd)]
+        for layer in layers:
+            layer.training = dropout
+        x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))  # (B, C, *S)
+        with autocast(x.device):
+            scores = self.network(x)  # (B, K, *S)
+        for layer in layers:
+            layer.training = False
+        return scores.float().softmax(1).numpy()
 
     @torch.no_grad()
     def segment(self, image: np.ndarray) -> np.ndarray:

@@ -140,6 +140,58 @@ def scatter(asked: Sequence[float], measured: Sequence[float], title: str, unit:
     return _save(figure, path)
 
 
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    path: Path,
+    diagonal: bool = False,
+) -> Path:
+    """Several curves in one plot; points of NaN are left out. ``diagonal`` draws the identity from 0 to 1."""
+    figure = Figure(figsize=(4.2, 3.4))
+    axis = figure.subplots()
+    if diagonal:
+        axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+    for name, (x, y) in series.items():
+        axis.plot(x, y, marker=".", linewidth=1, label=name)
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def segmentation_panel(rows: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], path: Path) -> Path:
+    """A row an image, a column each of what is known of it.
+
+    Args:
+        rows: title of the column -> ``(*S)``; the same columns in every row. Label maps (``truth``, ``segmentation``)
+            in colours, ``mean`` from 0 to 1, ``variance`` up to the 0.25 of two opposite halves, others as they are.
+        names: one a row.
+    """
+    limits = {"mean": (0.0, 1.0), "variance": (0.0, 0.25)}
+    columns = list(rows[0])
+    first = _strip(next(iter(rows[0].values())))
+    width = 1.5 * first.shape[1] / first.shape[0]
+    figure = Figure(figsize=(width * len(columns), 1.7 * len(rows)))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, row, name in zip(axes, rows, names, strict=True):
+        for axis, title in zip(line, columns, strict=True):
+            labels = title in ("truth", "segmentation")
+            low, high = (0, 9) if labels else limits.get(title, (None, None))
+            colours = "tab10" if labels else "magma" if title == "variance" else "gray"
+            shown = _strip(row[title])
+            axis.imshow(np.ma.masked_equal(shown, 0) if labels else shown, cmap=colours, vmin=low, vmax=high)
+            axis.set_facecolor("black")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(name[-24:], fontsize=5)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    return _save(figure, path)
+
+
 def _strip(image: np.ndarray, fill: float | None = None) -> np.ndarray:
     parts = views(image)
     height = max(part.shape[0] for part in parts)

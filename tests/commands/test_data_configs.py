@@ -131,7 +131,17 @@ def nifti(root, rng):
     return [AGE]
 
 
-LAYOUTS = (bids, bids_sessions, ixi_2mm, mednist, mednist48_lecture, msd_hippocampus, oasis_midslices, nifti)
+def brats(root, rng):
+    for number in range(12):
+        name = f"BraTS2021_{number:05}"
+        for sequence in ("t1", "t1ce", "t2", "flair"):
+            scan(root / name / f"{name}_{sequence}.nii.gz", rng, affine=(-1.0, -1.0, 1.0))
+        labels = rng.choice([0, 1, 2, 4], (20, 24, 16)).astype(np.uint8)
+        volume(root / name / f"{name}_seg.nii.gz", labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    return []
+
+
+LAYOUTS = (bids, bids_sessions, brats, ixi_2mm, mednist, mednist48_lecture, msd_hippocampus, oasis_midslices, nifti)
 CONSTANT = ("mednist", "mednist48_lecture")  # one constant picture is left out
 
 

@@ -1,0 +1,413 @@
+"""Segment subjects with an ensemble and write what it says and how sure it is, in the space of their files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from ldm.data import images
+from ldm.data.draft import Record
+from ldm.data.geometry import Geometry
+from ldm.data.labels import LabelClasses
+from ldm.data.prepare import write_table
+from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError, nearest
+from ldm.model.ensemble import Ensemble, draw_ensembles
+from ldm.model.file import package_versions
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.segmenter import Segmenter
+from ldm.training import figures
+from ldm.training.segmentation_panels import panel_row
+
+TABLE, PROVENANCE, PANEL = "volumes.tsv", "provenance.json", "panel.png"
+COLUMNS = ("participant_id", "class", "volume", "members_mean", "low", "high", "unit")
+WRITTEN = "written"  # when and by which versions: may change from one session of a request to the next
+INTERVAL = (2.5, 97.5)  # percentiles of the members' volumes
+SHOWN = 6  # subjects in the panel
+
+
+# what segments ----------------------------------------------------------------------------------------
+
+
+class Source(ABC):
+    """What draws ensembles.
+
+    Attributes:
+        preprocessing: of the images that it is given.
+        channels: their names, in order.
+        classes: of its label maps.
+        unnamed: label values that were background in training; None where that is not known.
+        split_sha256: of the cohort it was trained on.
+        facts: what its results depend on.
+    """
+
+    preprocessing: Preprocessing
+    channels: tuple[str, ...]
+    classes: LabelClasses
+    unnamed: tuple[int, ...] | None
+    split_sha256: str | None
+    facts: dict[str, Any]
+
+    @abstractmethod
+    def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
+        """An ensemble of each image ``(C, *S)``; randomness follows from the image's name."""
+
+
+class DiffusionSource(Source):
+    """A diffusion model that generates label maps.
+
+    Args:
+        model: the model.
+        members: label maps a subject.
+        seed, batch_size, precision: see :func:`ldm.model.ensemble.draw_ensembles`.
+        options: sampling options that differ from the model's.
+
+    Raises:
+        LdmError: it generates images, or an illegal number or option.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusionModel,
+        members: int = 5,
+        seed: int = 0,
+        batch_size: int = 16,
+        precision: str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        draw_ensembles(model, (), (), members)  # refuses what cannot be drawn
+        self.model, self.members, self.options = model, members, dict(options or {})
+        self.seed, self.batch_size, self.precision = seed, batch_size, precision
+        target, self.classes = model.header["target"], model.classes
+        self.preprocessing, self.unnamed = model.input_preprocessing, tuple(target["unnamed"])
+        self.channels = tuple(model.header["conditioners"]["image"]["channels"])
+        self.split_sha256 = model.header["split_sha256"]
+        self.facts = {
+            "kind": "diffusion",
+            "model_sha256": model.header["tensors_sha256"],
+            "members": members,
+            "seed": seed,
+            "sampling": vars(model.settings(self.options)),
+            "precision": precision,
+        }
+
+    def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
+        """See :class:`Source`."""
+        settings = (self.members, self.seed, self.batch_size, self.precision)
+        return draw_ensembles(self.model, arrays, names, *settings, **self.options)
+
+
+class NetworkSource(Source):
+    """Networks of ``ldm train-segmenter``: several are a deep ensemble (Lakshminarayanan et al. 2017), one with dropout
+    draws its members with dropout switched on (Gal & Ghahramani 2016), one without is a single member.
+
+    Raises:
+        LdmError: networks of other classes, channels, preprocessing or splits.
+    """
+
+    def __init__(self, segmenters: Sequence[Segmenter], sha256: Sequence[str], members: int = 5, seed: int = 0) -> None:
+        self.segmenters, self.seed = list(segmenters), seed
+        first = self.segmenters[0]
+        for one in self.segmenters[1:]:
+            if (one.labels, one.preprocessing.fingerprint(), one.facts["split_sha256"]) != (
+                first.labels,
+                first.preprocessing.fingerprint(),
+                first.facts["split_sha256"],
+            ):
+                raise LdmError("model: the networks of an ensemble need the same classes, preprocessing and split.")
+        self.dropout = len(self.segmenters) == 1 and first.config.get("dropout", 0) > 0
+        self.members = members if self.dropout else len(self.segmenters)
+        self.classes, self.preprocessing, self.unnamed = first.labels, first.preprocessing, None
+        self.channels, self.split_sha256 = first.preprocessing.channels, first.facts["split_sha256"]
+        kind = "dropout" if self.dropout else "deep ensemble" if self.members > 1 else "network"
+        self.facts = {"kind": kind, "model_sha256": list(sha256), "members": self.members, "seed": seed}
+
+    def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
+        """See :class:`Source`."""
+        return [self._ensemble(array, name) for array, name in zip(arrays, names, strict=True)]
+
+    def _ensemble(self, array: np.ndarray, name: str) -> Ensemble:
+        if not self.dropout:
+            return Ensemble(np.concatenate([one.probabilities(array[None]) for one in self.segmenters]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+            return Ensemble(self.segmenters[0].probabilities(np.repeat(array[None], self.members, 0), dropout=True))
+
+
+# subjects ---------------------------------------------------------------------------------------------
+
+
+def in_order(record: Record, source: Source) -> Record:
+    """The record with the images that the source is given, in its order.
+
+    Raises:
+        LdmError: one is missing, or unknown; the message names record and image.
+    """
+    missing = [name for name in source.channels if not record.images.get(name)]
+    if missing:
+        raise LdmError(
+            f"'{record.id}' lacks {', '.join(missing)}; this model is given {', '.join(source.channels)}, all of them."
+        )
+    for name in record.images:
+        if name not in source.channels:
+            raise LdmError(
+                f"'{record.id}': '{name}' is no image that this model is given.{nearest(name, source.channels)} "
+                f"Legal: {', '.join(source.channels)}."
+            )
+    chosen = {name: record.images[name] for name in source.channels}
+    return Record(record.id, record.subject, chosen, record.labels, record.covariates, record.split, record.place)
+
+
+def check_labels(record: Record, source: Source) -> None:
+    """Refuse a label map that cannot be compared with.
+
+    Raises:
+        LdmError: there is none, it lies on another grid than the images, or has values that the model does not know.
+    """
+    values = {int(value) for value in np.unique(source.preprocessing.load_labels(record))}
+    strange = [] if source.unnamed is None else sorted(set(source.classes.unknown(values)) - set(source.unnamed))
+    if strange:
+        legal = ", ".join(f"{v} {name}" for name, entry in source.classes.values.items() for v in entry)
+        raise LdmError(
+            f"{record.labels}: label value(s) {', '.join(map(str, strange))} are unknown; legal: 0 background, {legal}"
+            + (f"; background too: {', '.join(map(str, source.unnamed))}." if source.unnamed else ".")
+        )
+
+
+# results ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written for a subject, in the space of its files.
+
+    Attributes:
+        labels: ``(*S)`` class indices of the segmentation.
+        members: ``(M, *S)`` class indices.
+        mean: ``(K, *S)`` mean probability of each class but background.
+        variance: ``(*S)``, see :class:`ldm.model.ensemble.Ensemble`.
+        entropy: ``(*S)`` nats.
+        spacing: voxel size in mm along the axes; None for pictures and arrays.
+    """
+
+    labels: np.ndarray
+    members: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    entropy: np.ndarray
+    spacing: tuple[float, ...] | None = None
+
+
+def in_file_space(ensemble: Ensemble, geometry: Geometry) -> Result:
+    """Undo crop, resampling and orientation; what the model did not see is background, and sure of it."""
+    mean = geometry.undo(ensemble.mean[1:])  # (K, *file)
+    members = geometry.undo(ensemble.member_labels, labels=True)  # (M, *file)
+    labels = geometry.undo(ensemble.labels[None], labels=True)[0]  # (*file)
+    spread = geometry.undo(np.stack([ensemble.variance, ensemble.entropy]))  # (2, *file)
+    affine = geometry.original_affine
+    spacing = None if affine is None else tuple(nib.affines.voxel_sizes(np.array(affine)).tolist())
+    return Result(labels, members, mean, spread[0], spread[1], spacing)
+
+
+def volumes(result: Result, classes: LabelClasses) -> list[dict[str, Any]]:
+    """A row a class: volume of the segmentation, and mean and interval of the members'.
+
+    In mm3, or pixels where the pixel size is not known. The interval is between the 2.5th and 97.5th percentile of the
+    members; with few members that is hardly less than their range.
+    """
+    unit, voxel = ("pixels", 1.0) if result.spacing is None else ("mm3", float(np.prod(result.spacing)))
+    rows = []
+    for index, name in enumerate(classes.names, 1):
+        members = [float((one == index).sum()) * voxel for one in result.members]
+        low, high = np.percentile(members, INTERVAL)
+        volume = float((result.labels == index).sum()) * voxel
+        rows.append(
+            {"class": name, "volume": volume, "members_mean": float(np.mean(members))}
+            | {"low": float(low), "high": float(high), "unit": unit}
+        )
+    return rows
+
+
+def segment(
+    source: Source,
+    records: Sequence[Record],
+    out: Path,
+    provenance: Mapping[str, Any],
+    together: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Segment subjects and write results; those of the same request that are there are kept.
+
+    3-D: ``ID_dseg.nii.gz`` (stored label values), ``ID_mean.nii.gz`` (probability of each class),
+    ``ID_variance.nii.gz``, ``ID_entropy.nii.gz`` and ``ID_members.nii.gz`` (a label map each along the fourth axis).
+    2-D: ``ID_dseg.png``, and ``ID.npz`` with ``mean``, ``variance``, ``entropy`` and ``members``. Beside them
+    ``volumes.tsv``, ``provenance.json``, and ``panel.png`` of the first subjects.
+
+    Args:
+        source: what draws.
+        records: subjects, of :func:`in_order`.
+        out: folder; made if it is not there.
+        provenance: what the results depend on beside the source.
+        together: subjects computed together.
+        progress: called with the number of finished subjects.
+
+    Returns:
+        The table.
+
+    Raises:
+        LdmError: two subjects of one name; ``out`` holds results of another request; a file that cannot be read.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = [record.id for record in records]
+    (name, count), *_ = Counter(names).most_common(1)
+    if count > 1:
+        raise LdmError(f"{count} subjects are called '{name}'; names of results have to differ.")
+    _same_request(out, {**source.facts, **provenance, "subjects": names})
+    pending = [record for record in records if not _volumes_file(out, record).is_file()]
+    if progress is not None:
+        progress(len(records) - len(pending))
+    for start in range(0, len(pending), together):
+        group = pending[start : start + together]
+        loaded = [source.preprocessing.load(record) for record in group]
+        ensembles = source.ensembles([array for array, _ in loaded], [record.id for record in group])
+        for record, (_, geometry), ensemble in zip(group, loaded, ensembles, strict=True):
+            write_result(out, record, in_file_space(ensemble, geometry), source, geometry)
+        if progress is not None:
+            progress(len(group))
+    write_panel(out, records[:SHOWN], source)
+    return _write_volumes(out, records)
+
+
+def write_result(out: Path, record: Record, result: Result, source: Source, geometry: Geometry) -> None:
+    """Write one subject; its volumes last, which say that it is whole."""
+    stored = source.classes.values_of(torch.from_numpy(result.labels)).numpy()
+    members = source.classes.values_of(torch.from_numpy(result.members)).numpy()
+    if source.preprocessing.spatial_dims == 2:
+        images.write(out / f"{record.id}_dseg.png", stored)
+        arrays = {"mean": result.mean, "variance": result.variance, "entropy": result.entropy, "members": members}
+        _write_npz(out / f"{record.id}.npz", arrays)
+    else:
+        written = {"mean": result.mean, "variance": result.variance[None], "entropy": result.entropy[None]}
+        for name, array in written.items():
+            images.write(out / f"{record.id}_{name}.nii.gz", _nifti(array.astype(np.float32), geometry))
+        images.write(out / f"{record.id}_members.nii.gz", _nifti(members, geometry))
+        images.write(out / f"{record.id}_dseg.nii.gz", _nifti(stored[None], geometry))
+    write_json(_volumes_file(out, record), volumes(result, source.classes))
+
+
+def read_result(out: Path, record: Record, source: Source) -> Result:
+    """What :func:`segment` wrote for a subject.
+
+    Raises:
+        LdmError: a file is missing or damaged.
+    """
+    classes = source.classes.classes
+    if source.preprocessing.spatial_dims == 2:
+        stored = images.read(out / f"{record.id}_dseg.png", spatial_dims=2).array[0]
+        with np.load(out / f"{record.id}.npz", allow_pickle=False) as file:
+            arrays, spacing = dict(file), None
+    else:
+        dseg = images.read(out / f"{record.id}_dseg.nii.gz")
+        names = ("mean", "variance", "entropy", "members")
+        arrays = {name: images.read(out / f"{record.id}_{name}.nii.gz").array for name in names}
+        arrays |= {name: arrays[name][0] for name in ("variance", "entropy")}
+        stored, spacing = dseg.array[0], tuple(nib.affines.voxel_sizes(dseg.affine).tolist())
+    labels, members = (classes(torch.from_numpy(np.asarray(a, np.uint8))).numpy() for a in (stored, arrays["members"]))
+    return Result(labels, members, arrays["mean"], arrays["variance"], arrays["entropy"], spacing)
+
+
+def read_truth(record: Record, source: Source) -> np.ndarray:
+    """Class indices ``(*S)`` of a subject's label map, in the space of its file."""
+    stored = images.read(record.labels, spatial_dims=source.preprocessing.spatial_dims).array[0]
+    return source.classes.classes(torch.from_numpy(stored.astype(np.uint8))).numpy()
+
+
+def write_panel(out: Path, records: Sequence[Record], source: Source) -> Path:
+    """Images, truth where there is one, segmentation, mean and variance of some subjects."""
+    rows = []
+    for record in records:
+        result = read_result(out, record, source)
+        given = [
+            images.read(ref, spatial_dims=source.preprocessing.spatial_dims).array[0] for ref in record.images.values()
+        ]
+        truth = None if record.labels is None else read_truth(record, source)
+        rows.append(panel_row(given, truth, result.labels, result.mean.sum(0), result.variance))
+    return figures.segmentation_panel(rows, [record.id for record in records], out / PANEL)
+
+
+def _volumes_file(out: Path, record: Record) -> Path:
+    return out / f"{record.id}_volumes.json"
+
+
+def _write_volumes(out: Path, records: Sequence[Record]) -> Path:
+    rows = []
+    for record in records:
+        for row in json.loads(_volumes_file(out, record).read_text()):
+            full = {"participant_id": record.id, **row}
+            rows.append([f"{v:.6g}" if isinstance(v := full[column], float) else v for column in COLUMNS])
+    write_table(out / TABLE, COLUMNS, rows)
+    return out / TABLE
+
+
+def _nifti(array: np.ndarray, geometry: Geometry) -> nib.Nifti1Image:
+    """``(C, *file)`` as a NIfTI image of the subject's space."""
+    last = array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1))
+    known = geometry.original_affine is not None
+    image = nib.Nifti1Image(last, np.array(geometry.original_affine) if known else np.eye(4))
+    code = geometry.space_code if known else 0
+    image.set_sform(image.affine, code=code)
+    image.set_qform(image.affine, code=code)
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".npz", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content.getvalue())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def _same_request(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write the provenance; refuse a folder with results of another.
+
+    Raises:
+        LdmError: naming what differs.
+    """
+    path, record = out / PROVENANCE, json.loads(json.dumps(facts, sort_keys=True, default=dict))
+    if path.is_file() and any(out.glob("*_volumes.json")):
+        stored = json.loads(path.read_text())
+        stored.pop(WRITTEN, None)
+        differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
+        if differing:
+            raise LdmError(
+                f"{out} holds results of another request ({', '.join(differing)} differ). Choose another out=..., or "
+                "remove the folder."
+            )
+    written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
+    write_json(path, {**record, WRITTEN: written})

@@ -1,0 +1,164 @@
+"""``ldm segment``: label maps of images from an ensemble, and what it is not sure of; measured where truth is known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.progress import Progress, track
+
+from ldm.applications.segmentation import (
+    DiffusionSource,
+    NetworkSource,
+    Source,
+    check_labels,
+    in_order,
+    segment,
+    write_json,
+)
+from ldm.applications.segmentation_evaluation import METRICS, beside, evaluate, null_for_nan, report, verdict
+from ldm.commands.run import plain, require_file
+from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
+from ldm.commands.stages import cohort_datamodule, prepared
+from ldm.data.draft import Record
+from ldm.data.images import split_reference
+from ldm.errors import LdmError
+from ldm.model.file import read_header
+from ldm.model.latent_diffusion import KIND as DIFFUSION
+from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.output import sample_name
+from ldm.model.segmenter import KIND as NETWORK
+from ldm.model.segmenter import Segmenter
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("test", "valid", "train", "all")
+
+
+def run(config: DictConfig) -> Path:
+    """Segment, write, and measure if asked to; returns the table of volumes."""
+    for name in ("members", "batch_size"):
+        if config[name] < 1:
+            raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
+    source = find_source(config)
+    if config.images is None:
+        records = cohort_records(config, source)
+    else:
+        records = [in_order(record, source) for record in asked_records(config)]
+    if config.evaluate:
+        for record in track(records, "checking label maps"):
+            check_labels(record, source)
+    out = Path(config.run_dir)
+    files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
+    provenance = {"files_sha256": files_sha256({"image": sorted(files)})}
+    with Progress() as bar:
+        task = bar.add_task("segmenting", total=len(records))
+        together = max(1, config.batch_size // source.facts["members"])
+        table = segment(source, records, out, provenance, together, lambda count: bar.advance(task, count))
+    logger.info("%d subjects are segmented in %s; volumes: %s", len(records), out, table)
+    if config.evaluate:
+        measure(config, source, records, out)
+    return table
+
+
+def measure(config: DictConfig, source: Source, records: Sequence[Record], out: Path) -> None:
+    """Write ``metrics.json`` and ``report.html``, other evaluations of ``beside`` in the same table."""
+    with Progress() as bar:
+        task = bar.add_task("measuring", total=len({record.subject for record in records}))
+        metrics = evaluate(source, records, out, config.seed, lambda count: bar.advance(task, count))
+    write_json(out / METRICS, null_for_nan(metrics))
+    others = beside(plain(config.beside), metrics) if config.beside else {}
+    page = report(out, metrics, others)
+    for line in verdict({metrics["protocol"]["kind"]: metrics, **others}):
+        logger.info("%s", line)
+    logger.info("Report: %s", page)
+
+
+def find_source(config: DictConfig) -> Source:
+    """The diffusion model, or the network or networks, of ``model``.
+
+    Raises:
+        LdmError: a file that is none of them.
+    """
+    several = isinstance(config.model, ListConfig)
+    paths = [Path(path) for path in (config.model if several else [config.model])]
+    if not paths:
+        raise LdmError("model is an empty list; name one model file or several networks.")
+    headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
+    kinds = {header.get("kind") for header in headers}
+    if kinds == {NETWORK}:
+        sha256 = [header["tensors_sha256"] for header in headers]
+        return NetworkSource([Segmenter.load(path) for path in paths], sha256, config.members, config.seed)
+    if kinds != {DIFFUSION} or len(paths) > 1:
+        raise LdmError(
+            f"model={config.model}: legal is one model of ldm train-ldm ldm=segmentation, or one or several networks "
+            "of ldm train-segmenter."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LatentDiffusionModel.load(paths[0], device)
+    options = sampling_options(config)
+    kept = dict(model.defaults.options or {})
+    if options.get("sampler", model.defaults.sampler) != model.defaults.sampler:  # only clipping is known to all
+        kept = {name: value for name, value in kept.items() if name == "clip"}
+    options["options"] = {**kept, **options.get("options", {})}
+    return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
+
+
+def asked_records(config: DictConfig) -> list[Record]:
+    """The subjects of ``images``, named by the table's participant_id, or numbered.
+
+    Raises:
+        LdmError: a template without a table, or ``labels`` of another number.
+    """
+    table = asked_table(config.table)
+    given = plain(config.images)
+    values = filled("images", given, table)
+    if not isinstance(values, list):
+        values = [values]
+    if not values:
+        raise LdmError("images is an empty list; legal: {NAME: file} of one subject, a list of such, or templates.")
+    labels = _as_list(filled("labels", _plain(config.labels), table), len(values))
+    if len(labels) != len(values):
+        raise LdmError(f"labels names {len(labels)} label maps for {len(values)} subjects; legal: one each.")
+    rows = [{}] * len(values) if table is None else table.rows
+    names = [row.get("participant_id") or sample_name(index) for index, row in enumerate(rows)]
+    return [
+        Record(name, name, {k: v for k, v in value.items() if v is not None}, truth, {}, "test", name)
+        for name, value, truth in zip(names, values, labels, strict=True)
+    ]
+
+
+def cohort_records(config: DictConfig, source: Source) -> list[Record]:
+    """Records of the cohort that ``split`` names.
+
+    Raises:
+        LdmError: an unknown or empty split; with evaluate, another split than the model was trained on.
+    """
+    if config.split not in (None, *SPLITS):
+        raise LdmError(f"split is '{config.split}'; legal: {', '.join(SPLITS)}.")
+    cohort = prepared(cohort_datamodule(config)).cohort
+    if cohort.split_hash != source.split_sha256:
+        raise LdmError(
+            f"model={config.model} was trained on another split of the cohort than data.split gives now: its training "
+            "subjects could be among the held-out ones. Use the same data settings as for training, or give images=..."
+        )
+    records = (
+        cohort.split("test") or cohort.split("valid")
+        if config.split is None
+        else (list(cohort.records) if config.split == "all" else cohort.split(config.split))
+    )
+    if not records:
+        raise LdmError(f"split={config.split}: no record of the cohort is in it.")
+    return [in_order(record, source) for record in records]
+
+
+def _as_list(value: Any, count: int) -> list[Any]:
+    return [None] * count if value is None else value if isinstance(value, list) else [value]
+
+
+def _plain(value: Any) -> Any:
+    return plain(value) if OmegaConf.is_config(value) else value

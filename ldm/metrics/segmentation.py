@@ -1,0 +1,153 @@
+"""How well label maps agree, and whether an ensemble knows where it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance
+from scipy import stats
+
+from ldm.errors import LdmError
+
+#: shares of voxels that are left out, most uncertain first
+SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def dice(found: np.ndarray, truth: np.ndarray) -> float:
+    """2 |A and B| / (|A| + |B|) of two masks of one shape; 1 if both are empty, for then they agree."""
+    _expect_alike(found, truth)
+    total = int(found.sum()) + int(truth.sum())
+    return 2 * int((found & truth).sum()) / total if total else 1.0
+
+
+def jaccard(found: np.ndarray, truth: np.ndarray) -> float:
+    """|A and B| / |A or B| of two masks of one shape; 1 if both are empty."""
+    _expect_alike(found, truth)
+    union = int((found | truth).sum())
+    return int((found & truth).sum()) / union if union else 1.0
+
+
+def hd95(found: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None) -> float:
+    """95th percentile of the distances between two surfaces, the larger of both directions (MONAI).
+
+    Args:
+        found, truth: masks ``(*S)``.
+        spacing: voxel size in mm; None measures in pixels.
+
+    Returns:
+        0 if both are empty; NaN if one is, for there is no surface to measure to.
+    """
+    _expect_alike(found, truth)
+    if not found.any() or not truth.any():
+        return 0.0 if found.any() == truth.any() else float("nan")
+    a, b = (torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))[None, None] for mask in (found, truth))
+    sizes = None if spacing is None else list(spacing)
+    return float(compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=sizes))
+
+
+def generalised_energy_distance(members: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> float:
+    """Squared distance of two sets of masks: 2 E d(S, Y) - E d(S, S') - E d(Y, Y'), d = 1 - Jaccard.
+
+    Kohl et al. 2018 (A Probabilistic U-Net), eq. 4; expectations are over all pairs, those of one with itself included.
+    0 if both sets are distributed alike.
+
+    Args:
+        members: masks of the ensemble.
+        truths: masks of the raters, or the only one.
+    """
+
+    def expected(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+        return float(np.mean([1 - jaccard(a, b) for a in one for b in other]))
+
+    return 2 * expected(members, truths) - expected(members, members) - expected(truths, truths)
+
+
+def reliability(probability: np.ndarray, truth: np.ndarray, bins: int = 10) -> dict[str, list]:
+    """How often voxels are inside of which that is said to be so probable; bins of equal width.
+
+    Args:
+        probability: in [0, 1], any shape.
+        truth: mask of that shape.
+
+    Returns:
+        ``count``, mean ``probability`` and ``frequency`` of every bin; NaN for an empty one.
+    """
+    _expect_alike(probability, truth)
+    index = np.minimum((probability.ravel() * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights.ravel(), bins) for weights in (probability.astype(np.float64), truth)]
+    with np.errstate(invalid="ignore"):
+        said, found = (total / count for total in sums)
+    return {"count": count.tolist(), "probability": said.tolist(), "frequency": found.tolist()}
+
+
+def pooled(diagrams: Sequence[dict[str, list]]) -> dict[str, list]:
+    """Several diagrams of :func:`reliability` with the same bins as the one of all their voxels."""
+    counts = np.array([one["count"] for one in diagrams], np.float64)  # (N, bins)
+    total = counts.sum(0)
+    with np.errstate(invalid="ignore"):
+        said, found = (
+            np.nansum(counts * np.array([one[name] for one in diagrams]), axis=0) / total
+            for name in ("probability", "frequency")
+        )
+    return {"count": total.astype(int).tolist(), "probability": said.tolist(), "frequency": found.tolist()}
+
+
+def expected_calibration_error(bins: dict[str, list]) -> float:
+    """Mean of |frequency - probability| over voxels, of :func:`reliability` (Guo et al. 2017, eq. 3)."""
+    count = np.array(bins["count"], np.float64)
+    gap = np.abs(np.array(bins["frequency"]) - np.array(bins["probability"]))
+    return float(np.nansum(count * gap) / count.sum()) if count.sum() else float("nan")
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Rank correlation; NaN where one is constant or there are fewer than three pairs."""
+    first, second = np.ravel(first), np.ravel(second)
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second.astype(np.float64)) == 0:
+        return float("nan")
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def rejection_curve(
+    found: np.ndarray, truth: np.ndarray, uncertainty: np.ndarray, shares: Sequence[float] = SHARES
+) -> list[float]:
+    """Dice of what is left when the most uncertain voxels are left out.
+
+    An ensemble that knows where it is wrong gains; one that does not, loses nothing or loses.
+
+    Args:
+        found, truth: masks.
+        uncertainty: of that shape.
+        shares: of all voxels, that are left out.
+    """
+    order = np.argsort(-uncertainty.ravel(), kind="stable")
+    found, truth = found.ravel()[order], truth.ravel()[order]
+    return [dice(found[start:], truth[start:]) for start in (round(share * len(order)) for share in shares)]
+
+
+def bootstrap(
+    values: Sequence[float],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, float | list[float] | int]:
+    """A statistic over patients with its 95 % percentile interval (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        values: one a patient; NaN are left out.
+        statistic: function of an array and ``axis``.
+    """
+    array = np.asarray(values, np.float64)
+    array = array[np.isfinite(array)]
+    if not len(array):
+        return {"value": float("nan"), "interval": [float("nan")] * 2, "n": 0}
+    drawn = array[np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))]  # (R, N)
+    interval = np.percentile(statistic(drawn, axis=1), [2.5, 97.5])
+    return {"value": float(statistic(array, axis=0)), "interval": interval.tolist(), "n": len(array)}
+
+
+def _expect_alike(first: np.ndarray, second: np.ndarray) -> None:
+    if first.shape != second.shape:
+        raise LdmError(f"Masks of shapes {first.shape} and {second.shape} cannot be compared; bring them to one grid.")

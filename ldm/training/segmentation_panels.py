@@ -1,0 +1,111 @@
+"""Validation of a model that generates label maps: few-step ensembles on held-out images, and their Dice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pytorch_lightning import LightningModule, Trainer
+
+from ldm.metrics.segmentation import dice
+from ldm.model.ensemble import draw_ensembles
+from ldm.model.file import read_header
+from ldm.training import figures
+from ldm.training.panels import FigureCallback
+
+METRIC = "ldm/val/dice"
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out image with its label map.
+
+    Attributes:
+        id: of its record.
+        subject: whose it is.
+        image: ``(C, *S)``, what the model is given.
+        truth: ``(*S)`` class indices.
+    """
+
+    id: str
+    subject: str
+    image: np.ndarray
+    truth: np.ndarray
+
+
+class SegmentationPanels(FigureCallback):
+    """Logs ``ldm/val/dice`` and draws image, truth, mean and variance of some ensembles, every validation.
+
+    The loss falls for long after the masks are good, or bad; what a segmentation is worth is its Dice.
+
+    Args:
+        folder: run folder.
+        cases: held-out images.
+        members: label maps an image.
+        steps: network calls each.
+        keep_best: also keep the model of the best Dice so far, as ``model-best.safetensors``.
+    """
+
+    def __init__(self, folder: Path, cases: Sequence[Case], members: int, steps: int, keep_best: bool = False) -> None:
+        super().__init__(folder)
+        self.cases, self.members, self.steps = list(cases), members, steps
+        self.best = Path(folder) / "model-best.safetensors" if keep_best else None
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Segment, compare, draw."""
+        if not trainer.is_global_zero or not self.cases:
+            return
+        model, names = module.model.eval(), [case.id for case in self.cases]
+        ensembles = draw_ensembles(
+            model, [case.image for case in self.cases], names, self.members, num_inference_steps=self.steps
+        )
+        found = [ensemble.labels for ensemble in ensembles]
+        scores = class_dice(found, self.cases, model.classes.names)
+        mean = float(np.mean(list(scores.values())))
+        module.record({METRIC: mean, **{f"ldm/val/dice/{name}": value for name, value in scores.items()}})
+        self._keep(module, mean)
+        rows = [
+            panel_row(case.image, case.truth, one.labels, 1 - one.mean[0], one.variance)
+            for case, one in zip(self.cases, ensembles, strict=True)
+        ]
+        path = self.folder / f"segmentation_{module.step:07d}.png"
+        figures.segmentation_panel(rows[:SHOWN], names[:SHOWN], path)
+        self.publish(trainer, "ldm/segmentation", path, module.step)
+        self.curves(self.folder, ("ldm/train/loss", "ldm/val/loss", METRIC))
+
+    def _keep(self, module: LightningModule, mean: float) -> None:
+        """Write the model if it is the best so far; how good the last one was, its file says."""
+        if self.best is None:
+            return
+        before = read_header(self.best)["metrics"][METRIC] if self.best.is_file() else -1.0
+        if mean > before:
+            module.model.header |= {"metrics": {METRIC: mean}, "steps": module.step}
+            module.model.save(self.best)
+
+
+def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequence[str]) -> dict[str, float]:
+    """Dice of each class: a subject's images are counted together, subjects averaged."""
+    subjects: dict[str, list[int]] = defaultdict(list)
+    for position, case in enumerate(cases):
+        subjects[case.subject].append(position)
+    pairs = [
+        (np.stack([found[i] for i in positions]), np.stack([cases[i].truth for i in positions]))
+        for positions in subjects.values()
+    ]
+    return {
+        name: float(np.mean([dice(labels == index, truth == index) for labels, truth in pairs]))
+        for index, name in enumerate(classes, 1)
+    }
+
+
+def panel_row(
+    given: Sequence[np.ndarray], truth: np.ndarray | None, labels: np.ndarray, mean: np.ndarray, variance: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a row of :func:`ldm.training.figures.segmentation_panel` shows, ``(*S)`` each."""
+    shown = {f"given {index}": channel for index, channel in enumerate(given, 1)}
+    known = {} if truth is None else {"truth": truth}
+    return shown | known | {"segmentation": labels, "mean": mean, "variance": variance}

@@ -1,0 +1,75 @@
+"""Peers of the diffusion model: networks as an ensemble, by the same functions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.applications.segmentation import NetworkSource, in_file_space, in_order, volumes
+from ldm.data.draft import Record
+from ldm.data.geometry import Geometry
+from ldm.data.labels import LabelClasses
+from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError
+from ldm.model.ensemble import Ensemble
+from ldm.model.segmenter import Segmenter, build_segmenter
+
+CLASSES = LabelClasses.from_config({"tumour": 1})
+
+
+def network(seed, dropout=0.0):
+    torch.manual_seed(seed)
+    config = {"spatial_dims": 2, "in_channels": 2, "out_channels": 2, "channels": [8, 16], "num_res_units": 1}
+    config["dropout"] = dropout
+    recipe = Preprocessing(2, None, None, (16, 16), (1, 1), channels=("T1", "FLAIR"), reference=Geometry.plan((16, 16)))
+    return Segmenter(build_segmenter(config).eval(), config, CLASSES, recipe, facts={"split_sha256": "s"})
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).random((2, 16, 16)).astype(np.float32)
+
+
+def test_several_networks_are_a_deep_ensemble(image):
+    first, second = network(0), network(1)
+    source = NetworkSource([first, second], ["a", "b"])
+    (ensemble,) = source.ensembles([image], ["one"])
+    assert (source.facts["kind"], ensemble.probabilities.shape) == ("deep ensemble", (2, 2, 16, 16))
+    np.testing.assert_allclose(ensemble.probabilities[1], second.probabilities(image[None])[0])
+    other = replace(second, facts={"split_sha256": "t"})
+    with pytest.raises(LdmError, match="same classes, preprocessing and split"):
+        NetworkSource([first, other], ["a", "b"])
+
+
+def test_dropout_draws_members_by_name(image):
+    source = NetworkSource([network(0, 0.5)], ["a"], members=3)
+    one, again, other = (source.ensembles([image], [name])[0].probabilities for name in ("one", "one", "other"))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+    assert np.abs(one[0] - one[1]).max() > 1e-3
+    plain = source.segmenters[0].probabilities(np.stack([image, image]))
+    np.testing.assert_allclose(plain[0], plain[1], atol=1e-6)  # off again
+
+
+def test_a_subject_without_an_image_is_named():
+    source = NetworkSource([network(0)], ["a"])
+    record = Record("p1", "p1", {"FLAIR": "b.png", "T1": "a.png"}, None, {}, "test")
+    assert list(in_order(record, source).images) == ["T1", "FLAIR"]
+    with pytest.raises(LdmError, match="'p1' lacks FLAIR"):
+        in_order(replace(record, images={"T1": "a.png"}), source)
+    with pytest.raises(LdmError, match="'FLAR' is no image that this model is given. Did you mean 'FLAIR'"):
+        in_order(replace(record, images={**record.images, "FLAR": "c.png"}), source)
+
+
+def test_volumes_are_of_the_files_voxels():
+    """A model grid of 2 mm in files of 1 mm: 8 of its voxels are 64 of the file's, 64 mm3; members 0 and 16 voxels."""
+    way = Geometry.plan((8, 8, 8), np.eye(4), "RAS", 2.0)
+    inside = np.zeros((2, 4, 4, 4), np.float32)
+    inside[0, :2, :2, :4] = 1.0  # 16 voxels, probability 1 of the first member
+    inside[:, :2, :2, :2] = [[[[1.0]]], [[[0.4]]]]  # mean 0.7; the second member is below one half
+    result = in_file_space(Ensemble(np.stack([1 - inside, inside], axis=1)), way)
+    assert result.labels.shape == (8, 8, 8)
+    (row,) = volumes(result, CLASSES)
+    assert (row["volume"], row["members_mean"], row["unit"]) == (64.0, 64.0, "mm3")
+    assert (row["low"], row["high"]) == pytest.approx((0.025 * 128, 0.975 * 128))

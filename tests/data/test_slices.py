@@ -1,0 +1,112 @@
+"""2-D slices out of volumes, channels of array rows, pictures at another size, and subjects carved out of a split."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from ldm.commands.main import conf_dir
+from ldm.data import images
+from ldm.data.checks import check_cohort
+from ldm.data.cohort import Cohort
+from ldm.data.draft import carved, split_subjects
+from ldm.data.geometry import Geometry
+from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError
+
+SEQUENCES = {"T1": "t1", "T1ce": "t1ce", "T2": "t2", "FLAIR": "flair"}
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    """Six folders as of BraTS 2021, stored LPS; a voxel of the label map tells its axial slice."""
+    root, rng = tmp_path_factory.mktemp("brats"), np.random.default_rng(0)
+    for number in range(6):
+        folder = root / f"BraTS2021_{number:05}"
+        folder.mkdir()
+        for suffix in SEQUENCES.values():
+            volume = rng.integers(1, 900, (12, 10, 8)).astype(np.int16)
+            nib.save(nib.Nifti1Image(volume, np.diag([-1.0, -1, 1, 1])), folder / f"{folder.name}_{suffix}.nii.gz")
+        labels = np.broadcast_to(np.arange(8, dtype=np.uint8) % 5, (12, 10, 8)).copy()
+        labels[labels == 3] = 0
+        nib.save(nib.Nifti1Image(labels, np.diag([-1.0, -1, 1, 1])), folder / f"{folder.name}_seg.nii.gz")
+    return root
+
+
+def config(root, *overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("check", ["data=brats", f"data.root={root}", *overrides]).data
+
+
+SLICES = ("data.spatial_dims=2", "data.slices={range: [2, 6]}")
+
+
+def test_volumes_become_slices_of_one_patient(patients):
+    report = check_cohort(config(patients, *SLICES), progress=False)
+    assert not report.faults, report.render()
+    cohort = report.cohort
+    assert len(cohort.records) == 24
+    assert cohort.channels == tuple(SEQUENCES)
+    assert all(
+        len({r.split for r in cohort.records if r.subject == who}) == 1 for who in {r.subject for r in cohort.records}
+    )
+    record = next(one for one in cohort.records if one.id == "BraTS2021_00002_axial004")
+    assert record.subject == "BraTS2021_00002"
+    stored = nib.load(patients / "BraTS2021_00002/BraTS2021_00002_flair.nii.gz").get_fdata()[::-1, ::-1, 4]  # RAS
+    read = images.read(record.images["FLAIR"], spatial_dims=2).array
+    np.testing.assert_array_equal(read[0], np.rot90(stored))
+    recipe = Preprocessing.from_config({**config(patients, *SLICES)}, 2).fit(cohort.records)
+    assert recipe.load(record)[0].shape == (4, 10, 12)
+    assert set(np.unique(recipe.load_labels(record))) == {4}
+
+
+def test_what_is_missing_is_named(patients):
+    with pytest.raises(LdmError, match=r"there is no such slice; axial runs from 0 to 7"):
+        images.read(f"{patients}/BraTS2021_00000/BraTS2021_00000_t1.nii.gz::axial[008]")
+    report = check_cohort(config(patients, "data.spatial_dims=2", "data.slices={range: [7, 9]}"), progress=False)
+    assert {fault.record for fault in report.faults} == {f"BraTS2021_{n:05}_axial008" for n in range(6)}
+    with pytest.raises(LdmError, match=r"set data.spatial_dims=2"):
+        Cohort.from_config(config(patients, "data.slices={range: [2, 6]}"))
+    with pytest.raises(LdmError, match=r"data.slices.plane is 'axail'. Did you mean 'axial'"):
+        Cohort.from_config(config(patients, "data.spatial_dims=2", "data.slices={plane: axail, range: [2, 6]}"))
+    with pytest.raises(LdmError, match=r"data.slices.range is \[6, 2\]"):
+        Cohort.from_config(config(patients, "data.spatial_dims=2", "data.slices={range: [6, 2]}"))
+
+
+def test_the_published_numbers_of_patients():
+    names = [f"BraTS20_Training_{number:03}" for number in range(1, 370)]
+    splits = list(split_subjects(names, 0, config("x").split.fractions).values())
+    assert (splits.count("train"), splits.count("valid"), splits.count("test")) == (332, 37, 0)
+
+
+def test_a_channel_of_a_row(tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (3, 2, 6, 8), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=array)
+    read = images.read(f"{tmp_path}/a.npz::images[2,1]", spatial_dims=2).array
+    np.testing.assert_array_equal(read, array[2, 1][None])
+    for selector in ("images[3,0]", "images[2,2]"):
+        with pytest.raises(LdmError, match=r"there is no row"):
+            images.read(f"{tmp_path}/a.npz::{selector}", spatial_dims=2)
+
+
+def test_pictures_at_half_size_and_back():
+    way = Geometry.plan((8, 12), spacing=2)
+    assert way.shape == (4, 6)
+    image = np.kron(np.random.default_rng(0).random((1, 4, 6)), np.ones((1, 2, 2))).astype(np.float32)
+    labels = np.kron(np.arange(24).reshape(1, 4, 6), np.ones((1, 2, 2))).astype(np.uint8)
+    assert way.forward(image).mean() == pytest.approx(image.mean(), abs=0.03)
+    np.testing.assert_array_equal(way.forward(labels, labels=True)[0], np.arange(24).reshape(4, 6))
+    np.testing.assert_array_equal(way.undo(way.forward(labels, labels=True), labels=True), labels)
+    assert Geometry.from_dict(way.to_dict()) == way
+    data = {"spatial_dims": 2, "pixel_size": 0, "intensity": {}}
+    with pytest.raises(LdmError, match=r"data.pixel_size: 0"):
+        Preprocessing.from_config(data)
+
+
+def test_validation_subjects_come_out_of_training():
+    table = {f"p{n}": "train" if n < 20 else "valid" for n in range(25)}
+    splits = carved(table, {"carve_out": 0.2, "seed": 0})
+    assert {who for who, split in splits.items() if split == "test"} == {f"p{n}" for n in range(20, 25)}
+    assert sum(split == "valid" for split in splits.values()) == 4
+    assert carved(table, {"carve_out": None, "seed": 0}) == table
+    assert carved(table, {"carve_out": 0.2, "seed": 1}) != splits

@@ -1,0 +1,88 @@
+"""Known answers of the measures of label maps and of their uncertainty."""
+
+import numpy as np
+import pytest
+
+from ldm.errors import LdmError
+from ldm.metrics import segmentation as measures
+
+
+def disc(radius, centre=(16, 16), size=32):
+    rows, columns = np.indices((size, size))
+    return (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2
+
+
+HALF = np.arange(8) < 4  # of a line of eight voxels
+FIRST = np.arange(8) < 2
+NOTHING = np.zeros(8, bool)
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "dice", "jaccard"),
+    [
+        (HALF, HALF, 1, 1),
+        (FIRST, HALF, 4 / 6, 2 / 4),
+        (~HALF, HALF, 0, 0),
+        (NOTHING, HALF, 0, 0),
+        (NOTHING, NOTHING, 1, 1),
+    ],
+)
+def test_overlap(found, truth, dice, jaccard):
+    assert measures.dice(found, truth) == pytest.approx(dice)
+    assert measures.jaccard(found, truth) == pytest.approx(jaccard)
+    with pytest.raises(LdmError, match=r"\(8,\) and \(7,\)"):
+        measures.dice(found, truth[1:])
+
+
+def test_surface_distance_is_in_mm():
+    moved = disc(6, (16, 19))
+    assert measures.hd95(disc(6), disc(6)) == 0
+    assert measures.hd95(moved, disc(6)) == pytest.approx(3, abs=0.3)
+    assert measures.hd95(moved, disc(6), (2.0, 2.0)) == pytest.approx(2 * measures.hd95(moved, disc(6)))
+    assert measures.hd95(np.zeros((32, 32), bool), np.zeros((32, 32), bool)) == 0
+    assert np.isnan(measures.hd95(np.zeros((32, 32), bool), disc(6)))
+
+
+def test_energy_distance():
+    """Two members, one truth: 2 (0 + 1/2) / 2 - (0 + 1/2 + 1/2 + 0) / 4 - 0."""
+    assert measures.generalised_energy_distance([HALF, HALF], [HALF]) == 0
+    assert measures.generalised_energy_distance([HALF, FIRST], [HALF]) == pytest.approx(0.25)
+    assert measures.generalised_energy_distance([HALF, FIRST], [FIRST, HALF]) == pytest.approx(0)
+    assert measures.generalised_energy_distance([~HALF], [HALF]) == pytest.approx(2)
+
+
+def test_calibration():
+    """Voxels of which 0.9 is said are inside in half of the cases: off by 0.4, those of 0.1 by 0.1."""
+    probability = np.array([0.9] * 4 + [0.1] * 4)
+    truth = np.array([1, 1, 0, 0, 0, 0, 0, 0], bool)
+    bins = measures.reliability(probability, truth)
+    assert bins["count"] == [0, 4, 0, 0, 0, 0, 0, 0, 0, 4]
+    assert bins["frequency"][9] == pytest.approx(0.5)
+    assert measures.expected_calibration_error(bins) == pytest.approx((0.4 + 0.1) / 2)
+    said = np.random.default_rng(0).random(200_000)
+    honest = measures.reliability(said, np.random.default_rng(1).random(200_000) < said)
+    assert measures.expected_calibration_error(honest) < 0.01
+    assert measures.reliability(np.ones(3), np.ones(3, bool))["count"][-1] == 3
+
+
+def test_rank_correlation_and_rejection():
+    """An error that is the most uncertain voxel goes first; one that is the least, last."""
+    truth, found = HALF.copy(), HALF.copy()
+    found[7] = True
+    knows, does_not = np.arange(8.0), -np.arange(8.0)
+    shares = (0.0, 1 / 8, 1 / 4)
+    assert measures.rejection_curve(found, truth, knows, shares) == pytest.approx([8 / 9, 1, 1])
+    assert measures.rejection_curve(found, truth, does_not, shares) == pytest.approx([8 / 9, 6 / 7, 4 / 5])
+    assert measures.spearman(knows, knows**3) == pytest.approx(1)
+    assert measures.spearman(does_not, knows) == pytest.approx(-1)
+    assert np.isnan(measures.spearman(np.zeros(8), knows))
+
+
+def test_the_interval_is_over_patients():
+    values = np.random.default_rng(0).normal(0.7, 0.1, 100)
+    found = measures.bootstrap([*values, np.nan])
+    half = (found["interval"][1] - found["interval"][0]) / 2
+    assert found["n"] == 100
+    assert found["value"] == pytest.approx(values.mean())
+    assert half == pytest.approx(1.96 * values.std() / 10, rel=0.1)
+    assert np.isnan(measures.bootstrap([np.nan])["value"])
