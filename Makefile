@@ -5,7 +5,7 @@ VENV ?= .venv
 LDM = $(VENV)/bin/ldm
 ARGS ?=
 
-.PHONY: help setup demo check train-vae train-ldm train-segmenter train-predictor ema import-weights sample evaluate test lint clean
+.PHONY: help setup demo check train-vae train-ldm train-segmenter train-predictor train-classifier detect ema import-weights sample evaluate test lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## simulated cohort, both stages, samples, report: at m
 	$(LDM) evaluate experiment=demo/demo
 	@echo "Report: $(CURDIR)/runs/demo/simulated/evaluation/report.html"
 
-check train-vae train-ldm train-segmenter train-predictor ema import-weights sample evaluate: $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
+check train-vae train-ldm train-segmenter train-predictor train-classifier detect ema import-weights sample evaluate: $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
 	$(LDM) $@ $(ARGS)
 
 test: $(VENV)/.installed-dev ## all tests

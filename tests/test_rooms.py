@@ -17,6 +17,7 @@ ROOMS = (
     "metrics",
     "training",
     "evaluation",
+    "applications",
     "commands",
 )
 FREE = {"errors", "precision", "__version__"}

@@ -26,7 +26,9 @@ VERBS = {
     "ema": "make the moving average of another length from a training's snapshots",
     "train-segmenter": "train the network that measures volumes in images",
     "train-predictor": "train the network that reads covariates from images",
+    "train-classifier": "train a classifier on the noisy latents of a diffusion model",
     "import-weights": "make one model file of published MONAI weights",
+    "detect": "find what is not healthy in images, and show their healthy counterparts",
     "sample": "draw images with asked covariates",
     "evaluate": "measure samples against what was asked, and write a report",
 }
