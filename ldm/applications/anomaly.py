@@ -167,9 +167,8 @@ class Detector:
         Raises:
             LdmError: a level above the chain's first time or below its last.
         """
-        schedule = self.model.schedule
-        grid = schedule.grid(options.steps, options.timestep_spacing)
-        top = schedule.time_at(torch.ones(1, dtype=torch.float64)).item()
+        grid = self.model.schedule.grid(options.steps, options.timestep_spacing)
+        top = self.time_at(1.0)
         level = self.level(options)
         if not grid.t[-2] <= level <= top:
             raise LdmError(
@@ -182,7 +181,11 @@ class Detector:
         """L, of the options or the middle of the training times: 500 of 1000."""
         if options.level is not None:
             return options.level
-        return self.model.schedule.time_at(torch.tensor([0.5], dtype=torch.float64)).item()
+        return self.time_at(0.5)
+
+    def time_at(self, share: float) -> float:
+        """The time of the schedule that this share of the training times does not exceed."""
+        return self.model.schedule.time_at(torch.tensor([share], dtype=torch.float64)).item()
 
     @torch.no_grad()
     def counterparts(

@@ -95,7 +95,7 @@ def load_case(record: Record, preprocessing: Preprocessing, truth: Truth) -> Cas
         LdmError: naming the file or record: unreadable, channels that are not the model's, a mask of another shape.
     """
     wanted = preprocessing.channels
-    if set(wanted) < set(record.images):
+    if set(wanted) <= set(record.images):  # in the model's order, and without those it is not made of
         record = replace(record, images={name: record.images[name] for name in wanted})
     image, geometry = preprocessing.load(record)
     mask = None if record.labels is None else truth.mask(preprocessing.load_labels(record))
@@ -139,6 +139,8 @@ def folder_records(
         elif mask is not None:
             value = healthy if not preprocessing.read_labels(mask).any() else _diseased(target, healthy)
         records.append(Record(name, row.get(SUBJECT) or name, images, mask, {target.name: value}, "test", str(folder)))
+        if mask is not None:
+            preprocessing.load_labels(records[-1])  # refuses one of another shape before anything is computed
     return records
 
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.progress import Progress
+from rich.progress import Progress, track
 
-from ldm.applications.anomaly import DetectionOptions, Detector, find_healthy, image_scores
-from ldm.applications.cases import Truth, folder_records, lesion_classes
+from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, find_healthy, image_scores
+from ldm.applications.cases import Truth, folder_records, lesion_classes, load_case
 from ldm.applications.detection import STORED, Comparison, Found, comparison_of, look_at, maps_of
-from ldm.applications.detection_output import TABLE, settle_request, write_case, write_scores
+from ldm.applications.detection_output import TABLE, settle_request, write_case, write_scores, write_text
+from ldm.applications.detection_report import evaluate, markdown
+from ldm.applications.tuning import (
+    apply_choices,
+    best,
+    judge,
+    read_choices,
+    reference_of,
+    settled,
+    sweep,
+    tuning_subjects,
+    write_choices,
+)
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import load_model
 from ldm.commands.stages import cohort_datamodule, prepared
@@ -24,36 +37,54 @@ from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Record
 from ldm.diffusion.checks import check_choice, check_count
 from ldm.errors import LdmError
+from ldm.metrics.detection import dice
 from ldm.model.classifier import Classifier
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
 
+#: swept where nothing else is asked for: quantiles of the training times, and s
+LEVELS = (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+SWEPT_SCALES = {"classifier": (3.0, 10.0, 30.0, 100.0, 300.0), "free": (1.0, 2.0, 3.0, 5.0, 8.0), "none": (0.0,)}
+
 
 def run(config: DictConfig) -> Path:
-    """Write maps, healthy counterparts, scores, a panel and the provenance; returns the table of scores."""
+    """Write maps, healthy counterparts, scores, a panel and the provenance; returns the table of scores.
+
+    Where it is known which images are healthy, also ``metrics.json`` and ``metrics.md``. With ``tune`` choose L, s and
+    the threshold instead, and return the file beside the model that holds them.
+    """
     check_count("batch_size", config.batch_size)
     model, path = load_model(config)
     detector = build_detector(config, model)
-    options = detection_options(config)
+    channel = intensity_channel(config, model)
+    if config.tune:
+        return tune(config, detector, path, channel)
+    entry = read_choices(path, classifier_sha256(detector), config.guide)
+    options, threshold = apply_choices(asked_options(config), entry, config.threshold)
     detector.check(options)
-    records, truth = find_records(config, model, path, detector)
+    images = find_images(config, model, path, detector, config.split)
+    evaluated = evaluated_ids(config, images, entry)
+    baselines = entry["baselines"] if entry is not None and settled(options) == entry["options"] else {}
+    comparison = Comparison()
+    if config.compare:
+        comparison = comparison_of(detector, options, baselines.get("partial_noising", {}).get("level"))
     out = Path(config.run_dir)
-    comparison = comparison_of(detector, options) if config.compare else Comparison()
-    settle_request(out, request(config, detector, options, comparison, records))
-    founds = look(config, detector, records, truth, options, comparison, out / STORED)
+    settle_request(out, request(config, detector, options, comparison, threshold, images.records))
+    founds = look(config, detector, images, options, comparison, out / STORED)
     maps = maps_of(founds, options)
-    scores = image_scores(maps, options)
     for found, anomaly in zip(founds, maps, strict=True):
-        write_case(out, found.case, model.preprocessing, found.healthy, anomaly, config.threshold)
-    panel(config, model, founds, maps, out / "panel.png")
-    rows = [
-        {"participant_id": f.case.record.id, "subject": f.case.record.subject, "score": float(score)}
-        | {truth.target.name: f.case.record.covariates.get(truth.target.name)}
-        for f, score in zip(founds, scores, strict=True)
-    ]
-    table = write_scores(out / TABLE, rows)
+        write_case(out, found.case, model.preprocessing, found.healthy, anomaly, threshold)
+    panel(founds, maps, model, channel, config.shown, out / "panel.png")
+    table = write_scores(out / TABLE, score_rows(founds, maps, options, images.truth, threshold))
+    if evaluated:
+        chosen = [found for found in founds if found.case.record.id in evaluated]
+        thresholds = {name: one["threshold"] for name, one in baselines.items()} | {options.guide: threshold}
+        metrics = evaluate(chosen, options, thresholds, channel, config.resamples, config.seed)
+        metrics["chosen_on_these_images"] = bool(evaluated & tuned_ids(images, entry))
+        write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+        logger.info("Against the truth:\n%s", write_text(out / "metrics.md", markdown(metrics)).read_text())
     logger.info("%d images: maps, healthy counterparts and %s are in %s", len(founds), TABLE, out)
     return table
 
@@ -78,19 +109,41 @@ def build_detector(config: DictConfig, model: LatentDiffusionModel) -> Detector:
     return Detector(model, target, healthy, classifier, config.precision)
 
 
-def detection_options(config: DictConfig) -> DetectionOptions:
-    """The settings that are the options' own."""
-    names = [field.name for field in fields(DetectionOptions) if field.name in config]
-    values = {name: config[name] for name in names}
-    if values["encode_as"] is not None:
-        values["encode_as"] = str(values["encode_as"])
-    return DetectionOptions(**values)
+def classifier_sha256(detector: Detector) -> str | None:
+    """Hash of the classifier, where there is one."""
+    return None if detector.classifier is None else detector.classifier.sha256
 
 
-def find_records(
-    config: DictConfig, model: LatentDiffusionModel, path: Path, detector: Detector
-) -> tuple[list[Record], Truth]:
-    """The images to look at, and how they say what is healthy.
+def asked_options(config: DictConfig) -> dict[str, Any]:
+    """Those settings that are options of detection; None where nothing is asked."""
+    asked = {field.name: config[field.name] for field in fields(DetectionOptions) if field.name in config}
+    return asked | {"encode_as": None if asked["encode_as"] is None else str(asked["encode_as"])}
+
+
+# --- images -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to look at.
+
+    Attributes:
+        records: the images' records.
+        truth: how they say what is healthy.
+        split: of the cohort; None for those of a folder.
+        split_sha256: of the cohort; None for those of a folder.
+    """
+
+    records: Sequence[Record]
+    truth: Truth
+    split: str | None = None
+    split_sha256: str | None = None
+
+
+def find_images(
+    config: DictConfig, model: LatentDiffusionModel, path: Path, detector: Detector, split: str | None
+) -> Images:
+    """The images to look at: those of a folder, or of a split of the cohort.
 
     Raises:
         LdmError: none, or ones that do not fit the model.
@@ -98,19 +151,179 @@ def find_records(
     target, healthy = detector.target, detector.healthy
     if config.images is not None:
         files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
-        return folder_records(Path(config.images), model.preprocessing, target, healthy, *files), Truth(target, healthy)
+        records = folder_records(Path(config.images), model.preprocessing, target, healthy, *files)
+        return Images(records, Truth(target, healthy))
     for name in ("masks", "table"):
         if config[name] is not None:
             raise LdmError(f"{name} goes with images=FOLDER; masks of a cohort are data.labels, its table data.table.")
-    check_choice("split", config.split, (*SPLITS, "all"))
     take_networks(config, model)
     cohort = prepared(cohort_datamodule(config)).cohort
     expect_cohort_of(model, cohort, path)
-    records = [record for record in cohort.records if config.split in ("all", record.split)]
+    split = split or ("test" if cohort.split("test") else "valid")
+    check_choice("split", split, (*SPLITS, "all"))
+    records = [record for record in cohort.records if split in ("all", record.split)]
     if not records:
-        raise LdmError(f"cohort '{cohort.name}' has no image in split={config.split}; see data.split.")
-    names = plain(config.data)["label_names"] or {}
-    return records, Truth(target, healthy, lesion_classes(names, config.lesion and list(config.lesion)))
+        raise LdmError(f"cohort '{cohort.name}' has no image in split={split}; see data.split.")
+    classes = lesion_classes(
+        plain(config.data)["label_names"] or {}, None if config.lesion is None else list(config.lesion)
+    )
+    return Images(records, Truth(target, healthy, classes), split, cohort.split_hash)
+
+
+def tuned_ids(images: Images, entry: Mapping[str, Any] | None) -> set[str]:
+    """Those of the images that L, s and the threshold were chosen on."""
+    if entry is None or images.split is None or entry["images"]["split_sha256"] != images.split_sha256:
+        return set()
+    there = [record for record in images.records if record.split == entry["images"]["split"]]
+    subjects = tuning_subjects(there, entry["images"]["share"], entry["images"]["seed"]) if there else set()
+    return {record.id for record in there if record.subject in subjects}
+
+
+def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] | None) -> set[str]:
+    """Images that are compared with the truth: none where it is not known, and not those that choices were made on.
+
+    Raises:
+        LdmError: the class is known of some images only, or is the same for all.
+    """
+    known = [images.truth.diseased(record) for record in images.records]
+    if not config.evaluate or all(one is None for one in known):
+        return set()
+    remedy = "evaluate=false writes maps and scores alone."
+    tuned = tuned_ids(images, entry)
+    rest = {record.id for record in images.records} - tuned
+    if not rest:
+        logger.warning(
+            "All these images are ones that L, s and the threshold were chosen on: the numbers are too good. Take "
+            "another split, or tune on a part of the patients (sweep.share)."
+        )
+        rest = tuned
+    found = {one for record, one in zip(images.records, known, strict=True) if record.id in rest}
+    if None in found:
+        unknown = next(r.id for r, one in zip(images.records, known, strict=True) if one is None and r.id in rest)
+        raise LdmError(f"'{unknown}' has no value of '{images.truth.target.name}', which others have. {remedy}")
+    if len(found) < 2:
+        raise LdmError(
+            f"All {len(rest)} images to evaluate are {_word(found.pop())} by '{images.truth.target.name}': areas under "
+            f"curves and false alarms need healthy and diseased ones. {remedy}"
+        )
+    masked = [record.labels is not None for record in images.records if record.id in rest]
+    if any(masked) and not all(masked):
+        raise LdmError(f"{masked.count(False)} of {len(masked)} images have no mask: give all of them one. {remedy}")
+    return rest
+
+
+# --- tuning -------------------------------------------------------------------------------------------
+
+
+def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Path:
+    """Choose L, s and the threshold on validation images; returns ``detection.json`` beside the model.
+
+    What has been swept is kept in the output folder, so that the same command goes on.
+    """
+    options = DetectionOptions(**{name: value for name, value in asked_options(config).items() if value is not None})
+    images = find_images(config, detector.model, path, detector, config.sweep.split)
+    share = config.sweep.share or 1.0
+    subjects = tuning_subjects(images.records, share, config.seed)
+    records = [record for record in images.records if record.subject in subjects]
+    cases = [load_case(record, detector.model.preprocessing, images.truth) for record in track(records, "reading")]
+    reference, levels = reference_of(cases), swept_levels(config, detector)
+    scales = SWEPT_SCALES[options.guide] if config.sweep.scales is None else list(config.sweep.scales)
+    for level in levels:
+        detector.check(replace(options, level=level))
+    out = Path(config.run_dir)
+    stored = out / f"sweep-{options.guide}.json"
+    asked = request(config, detector, options, Comparison(), None, records) | {"levels": levels, "scales": scales}
+    rows = swept(config, detector, cases, options, levels, scales, stored, asked)
+    chosen, criterion = best(rows["guided"])
+    baselines = {}
+    if options.guide != "none":
+        baselines["partial_noising"] = best(rows["partial_noising"])[0]
+        images_array = np.stack([case.image for case in cases])  # (N, C, *S)
+        baselines["intensity"] = judge(images_array[:, channel], options, reference)
+        if comparison_of(detector, options).reconstruction:
+            rebuilt = np.concatenate([detector.reconstructions(image[None]) for image in images_array])
+            baselines["reconstruction"] = judge(anomaly_map(images_array, rebuilt, options), options, reference)
+    entry = {
+        "classifier_sha256": classifier_sha256(detector),
+        "target": detector.target.name,
+        "healthy": detector.healthy,
+        **{name: chosen[name] for name in ("level", "scale", "threshold")},
+        "options": settled(options),
+        "criterion": criterion,
+        "sweep": rows["guided"],
+        "baselines": baselines,
+        "images": {
+            "split": images.split,
+            "split_sha256": images.split_sha256,
+            "share": share,
+            "seed": config.seed,
+            "count": len(records),
+            "patients": len(subjects),
+        },
+    }
+    file = write_choices(path, options.guide, entry)
+    logger.info(
+        "Chosen on %d images of %d patients: level %g, scale %g, threshold %s (%s %.3f); kept in %s",
+        len(records),
+        len(subjects),
+        chosen["level"],
+        chosen["scale"],
+        "none" if chosen["threshold"] is None else f"{chosen['threshold']:.4g}",
+        criterion,
+        chosen[criterion],
+        file,
+    )
+    return file
+
+
+def swept_levels(config: DictConfig, detector: Detector) -> list[float]:
+    """The levels to sweep: those asked for, or quantiles of the training times."""
+    if config.sweep.levels is not None:
+        return list(config.sweep.levels)
+    return [detector.time_at(share) for share in LEVELS]
+
+
+def swept(
+    config: DictConfig,
+    detector: Detector,
+    cases: Sequence[Any],
+    options: DetectionOptions,
+    levels: Sequence[float],
+    scales: Sequence[float],
+    stored: Path,
+    asked: Mapping[str, Any],
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the sweep, ``guided`` and of ``partial_noising``; levels that ``stored`` has are not swept again."""
+    asked = json.loads(json.dumps(asked))
+    kept = json.loads(stored.read_text()) if stored.is_file() else {}
+    rows = kept["rows"] if kept.get("request") == asked else {"guided": [], "partial_noising": []}
+    kinds = {"guided": (options, scales)}
+    if options.guide != "none":
+        noising = comparison_of(detector, options).partial_noising
+        kinds["partial_noising"] = (noising, [SCALES["none"]])
+    total = len(levels) * len(cases) * sum(len(of_kind) for _, of_kind in kinds.values())
+    with Progress() as bar:
+        task = bar.add_task("sweeping", total=total)
+        for kind, (of_kind, of_scales) in kinds.items():
+            for level in levels:
+                if any(row["level"] == level for row in rows[kind]):
+                    bar.advance(task, len(cases) * len(of_scales))
+                    continue
+                rows[kind] += sweep(
+                    detector,
+                    cases,
+                    of_kind,
+                    [level],
+                    of_scales,
+                    config.batch_size,
+                    config.seed,
+                    lambda count: bar.advance(task, count),
+                )
+                write_text(stored, json.dumps({"request": asked, "rows": rows}, indent=1))
+    return rows
+
+
+# --- results ------------------------------------------------------------------------------------------
 
 
 def request(
@@ -118,19 +331,20 @@ def request(
     detector: Detector,
     options: DetectionOptions,
     comparison: Comparison,
+    threshold: float | None,
     records: Sequence[Record],
 ) -> dict[str, Any]:
     """What the results depend on."""
-    model, classifier = detector.model, detector.classifier
+    model = detector.model
     return {
         "model_sha256": model.header["tensors_sha256"],
         "simulated_training_data": model.header.get("simulated", False),
-        "classifier_sha256": None if classifier is None else classifier.sha256,
+        "classifier_sha256": classifier_sha256(detector),
         "target": detector.target.name,
         "healthy": detector.healthy,
         "options": {**asdict(options), "level": detector.level(options)},
         "comparison": asdict(comparison),
-        "threshold": config.threshold,
+        "threshold": threshold,
         "seed": config.seed,
         "precision": config.precision,
         "images": {record.id: list(record.images.values()) for record in records},
@@ -140,20 +354,19 @@ def request(
 def look(
     config: DictConfig,
     detector: Detector,
-    records: Sequence[Record],
-    truth: Truth,
+    images: Images,
     options: DetectionOptions,
     comparison: Comparison,
     folder: Path,
 ) -> list[Found]:
-    """Healthy counterparts of all records, with a progress bar."""
+    """Healthy counterparts of all images, with a progress bar."""
     with Progress() as bar:
-        task = bar.add_task("detecting", total=len(records))
+        task = bar.add_task("detecting", total=len(images.records))
         return list(
             look_at(
                 detector,
-                records,
-                truth,
+                images.records,
+                images.truth,
                 options,
                 folder,
                 comparison,
@@ -164,32 +377,51 @@ def look(
         )
 
 
+def score_rows(
+    founds: Sequence[Found], maps: np.ndarray, options: DetectionOptions, truth: Truth, threshold: float | None
+) -> list[dict[str, Any]]:
+    """The table, a row an image: its score, what it is said to be and, with a threshold, how much lesion it has."""
+    rows = []
+    for found, anomaly, score in zip(founds, maps, image_scores(maps, options), strict=True):
+        case = found.case
+        row = {
+            "participant_id": case.record.id,
+            "subject": case.record.subject,
+            "score": float(score),
+            truth.target.name: case.record.covariates.get(truth.target.name),
+        }
+        if threshold is not None:
+            lesion = anomaly > threshold
+            known = case.mask is not None and bool(case.mask.any())
+            row |= {"lesion_voxels": int(lesion.sum()), "dice": dice(lesion, case.mask) if known else None}
+        rows.append(row)
+    return rows
+
+
 def panel(
-    config: DictConfig, model: LatentDiffusionModel, founds: Sequence[Found], maps: np.ndarray, path: Path
-) -> Path | None:
+    founds: Sequence[Found], maps: np.ndarray, model: LatentDiffusionModel, channel: int, shown: int, path: Path
+) -> None:
     """Image, healthy counterpart, map and mask of the first diseased and the first healthy cases."""
-    half = max(1, config.shown // 2)
     groups = [[k for k, f in enumerate(founds) if f.case.diseased is kind] for kind in (True, False, None)]
-    chosen = [k for group in groups for k in group[:half]][: config.shown]
+    present = sum(bool(group) for group in groups)
+    chosen = [k for group in groups for k in group[: -(-shown // present)]][:shown]
     if not chosen:
-        return None
-    channel = intensity_channel(config, model)
+        return
     first = np.stack([founds[k].case.image[channel] for k in chosen])
     low, high = model.preprocessing.value_range or (float(first.min()), float(first.max()))
-    top = float(np.percentile(maps, 99.9))
+    top = float(np.percentile(maps, 99.9)) or 1.0
     rows = []
     for k in chosen:
         case = founds[k].case
         mask = None if case.mask is None else case.mask.astype(np.float32)
         rows.append((case.image[channel], founds[k].healthy[channel], maps[k], mask))
-    names = [f"{founds[k].case.record.id}\n{_word(founds[k].case.diseased)}" for k in chosen]
-    return figures.table_of_pictures(
+    figures.table_of_pictures(
         rows,
         path,
         (model.preprocessing.channels[channel], "healthy counterpart", f"map (0 to {top:.2g})", "mask"),
         ((low, high), (low, high), (0.0, top), (0.0, 1.0)),
         ("gray", "gray", "inferno", "gray"),
-        names,
+        [f"{founds[k].case.record.id}\n{_word(founds[k].case.diseased)}" for k in chosen],
     )
 
 
