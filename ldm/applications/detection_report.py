@@ -106,5 +106,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
+    if entry["interval"] is None:
+        return f"{entry['value']:.3f}"
     low, high = entry["interval"]
     return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"

@@ -94,8 +94,8 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
 
 def bootstrap(
     statistic: Callable[[np.ndarray], float], patients: int, resamples: int = 500, seed: int = 0
-) -> list[float]:
-    """95 % percentile interval over patients (Efron & Tibshirani 1993, chapter 13).
+) -> list[float] | None:
+    """95 % percentile interval over patients (Efron & Tibshirani 1993, chapter 13); None where no draw defines it.
 
     Args:
         statistic: of how often each patient is drawn, ``(patients,)``; NaN where it is not defined.
@@ -105,7 +105,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     values = [statistic(rng.multinomial(patients, np.full(patients, 1 / patients))) for _ in range(resamples)]
     if np.isnan(values).all():
-        return [float("nan")] * 2
+        return None
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
 
 
