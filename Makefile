@@ -5,8 +5,8 @@ VENV ?= .venv
 LDM = $(VENV)/bin/ldm
 ARGS ?=
 
-VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights sample release edit segment evaluate \
-  compare audit
+VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights train-classifier sample release edit segment \
+  detect evaluate compare audit
 
 .PHONY: help setup demo $(VERBS) test lint clean
 

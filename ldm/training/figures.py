@@ -108,6 +108,42 @@ def reconstruction_panel(
     return _save(figure, path)
 
 
+def table_of_pictures(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    path: Path,
+    titles: Sequence[str],
+    limits: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+    names: Sequence[str] | None = None,
+) -> Path:
+    """A row a case, a column a kind of picture ``(*S)`` with limits of its own; volumes by their centre planes.
+
+    Args:
+        rows: pictures of one channel; None leaves a place empty.
+        titles: of the columns.
+        limits: black and white, or the ends of the colour map, of each column.
+        colours: matplotlib's colour map of each column.
+        names: of the rows.
+    """
+    strips = [[None if picture is None else _strip(picture) for picture in row] for row in rows]
+    aspect = strips[0][0].shape[1] / strips[0][0].shape[0]
+    figure = Figure(figsize=(1.7 * aspect * len(titles), 1.85 * len(rows)))
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, (drawn, of_row) in enumerate(zip(axes, strips, strict=True)):
+        for axis, strip, title, (low, high), colour in zip(drawn, of_row, titles, limits, colours, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if strip is not None:
+                axis.imshow(strip, cmap=colour, vmin=low, vmax=high, interpolation="nearest")
+            if row == 0:
+                axis.set_title(title, fontsize=8)
+        if names is not None:
+            drawn[0].set_ylabel(names[row], fontsize=6)
+    return _save(figure, path)
+
+
 def curves(metrics: Mapping[str, Sequence[tuple[int, float]]], names: Sequence[str], path: Path) -> Path:
     """One small plot a metric against optimisation steps; metrics that were never logged are left out."""
     names = [name for name in names if name in metrics]

@@ -17,7 +17,19 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 
 OPTIONS = sorted(
     f"{file.parent.relative_to(conf_dir())}={file.stem}"
-    for group in ("data", "vae", "ldm", "gan", "schedule", "segmenter", "predictor", "matcher", "trainer", "logger")
+    for group in (
+        "data",
+        "vae",
+        "ldm",
+        "gan",
+        "schedule",
+        "segmenter",
+        "predictor",
+        "matcher",
+        "classifier",
+        "trainer",
+        "logger",
+    )
     for file in (conf_dir() / group).glob("*.yaml")
     if file.stem != "base"
 )

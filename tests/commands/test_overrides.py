@@ -55,7 +55,18 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "verb", ["check", "train-vae", "train-ldm", "train-segmenter", "train-predictor", "sample", "evaluate"]
+    "verb",
+    [
+        "check",
+        "train-vae",
+        "train-ldm",
+        "train-segmenter",
+        "train-predictor",
+        "train-classifier",
+        "detect",
+        "sample",
+        "evaluate",
+    ],
 )
 def test_help_explains_the_verb(ldm, verb):
     code, text = ldm(verb, "--help")

@@ -1,0 +1,154 @@
+"""Looks at cases, one after the other and resumably: healthy counterparts, and what they are compared with."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, anomaly_map
+from ldm.applications.cases import Case, Truth, load_case
+from ldm.data.draft import Record
+from ldm.model.build import PIXELS
+
+STORED = "model_space"  # below the output folder: what was computed, so that an interrupted run goes on
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was made of a case, ``(C, *S)`` each; None where it was not asked for.
+
+    Attributes:
+        case: the case.
+        healthy: its healthy counterpart.
+        round_trip: encoded and decoded without guidance: the map at s = 0, and the error of the chain itself.
+        partial_noising: unguided, from noise of the same level.
+        reconstruction: through the first stage alone; None in pixel space, where that changes nothing.
+    """
+
+    case: Case
+    healthy: np.ndarray
+    round_trip: np.ndarray | None = None
+    partial_noising: np.ndarray | None = None
+    reconstruction: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is made beside the healthy counterpart.
+
+    Attributes:
+        partial_noising: how; None leaves it out.
+        round_trip, reconstruction: whether.
+    """
+
+    partial_noising: DetectionOptions | None = None
+    round_trip: bool = False
+    reconstruction: bool = False
+
+
+def comparison_of(detector: Detector, options: DetectionOptions, level: float | None = None) -> Comparison:
+    """Everything that ``options`` leave to be compared with.
+
+    Args:
+        detector: the detector.
+        options: of the healthy counterpart.
+        level: L of partial noising; None for that of the options.
+    """
+    noising = DetectionOptions(
+        guide="none",
+        level=options.level if level is None else level,
+        steps=options.steps,
+        timestep_spacing=options.timestep_spacing,
+        channels=options.channels,
+        smoothing=options.smoothing,
+        score=options.score,
+    )
+    in_pixels = detector.model.header["first_stage"]["kind"] == PIXELS
+    guided = options.guide != "none"
+    return Comparison(noising if guided else None, round_trip=guided, reconstruction=not in_pixels)
+
+
+def look_at(
+    detector: Detector,
+    records: Sequence[Record],
+    truth: Truth,
+    options: DetectionOptions,
+    folder: Path,
+    comparison: Comparison | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Iterator[Found]:
+    """Healthy counterparts of all records, in their order; what ``folder`` has already is not made again.
+
+    Args:
+        detector, options: what makes them, and how.
+        records: of images on which ``truth`` is known or not.
+        folder: of this very request; see `ldm.applications.detection_output.settle_request`.
+        comparison: what to make beside them.
+        batch_size: images computed together.
+        seed: with an image's number it fixes the noise of partial noising.
+        progress: called with the number of finished images.
+    """
+    comparison = comparison or Comparison()
+    folder = Path(folder)
+    for start in range(0, len(records), batch_size):
+        indices = range(start, min(start + batch_size, len(records)))
+        cases = [load_case(records[i], detector.model.preprocessing, truth) for i in indices]
+        paths = [folder / f"{case.record.id}.npz" for case in cases]
+        todo = [k for k, path in enumerate(paths) if not path.is_file()]
+        if todo:
+            made = _make(detector, [cases[k] for k in todo], options, comparison, [indices[k] for k in todo], seed)
+            for k, arrays in zip(todo, made, strict=True):
+                _write(paths[k], arrays)
+        for case, path in zip(cases, paths, strict=True):
+            yield Found(case, **_read(path))
+        progress(len(cases))
+
+
+def _make(
+    detector: Detector,
+    cases: Sequence[Case],
+    options: DetectionOptions,
+    comparison: Comparison,
+    indices: Sequence[int],
+    seed: int,
+) -> list[dict[str, np.ndarray]]:
+    """Arrays ``(C, *S)`` of each case, by their names in `Found`."""
+    images = np.stack([case.image for case in cases])  # (B, C, *S)
+    scales = [options.scale, *([ROUND_TRIP] if comparison.round_trip else [])]
+    made = dict(
+        zip(("healthy", "round_trip"), detector.counterparts(images, options, scales, indices, seed), strict=False)
+    )
+    if comparison.partial_noising is not None:
+        (made["partial_noising"],) = detector.counterparts(
+            images, comparison.partial_noising, indices=indices, seed=seed
+        )
+    if comparison.reconstruction:
+        made["reconstruction"] = detector.reconstructions(images)
+    return [{name: array[k] for name, array in made.items()} for k in range(len(cases))]
+
+
+def maps_of(founds: Sequence[Found], options: DetectionOptions, name: str = "healthy") -> np.ndarray:
+    """Anomaly maps ``(N, *S)`` against one of the arrays of `Found`."""
+    images = np.stack([found.case.image for found in founds])
+    return anomaly_map(images, np.stack([getattr(found, name) for found in founds]), options)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.getvalue())
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}

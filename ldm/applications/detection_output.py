@@ -1,0 +1,125 @@
+"""Maps, healthy counterparts and scores as files, in the space of the images they are of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from ldm.applications.cases import Case
+from ldm.data import images
+from ldm.data.intensity import IntensityRecipe
+from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError
+from ldm.model.file import package_versions
+from ldm.model.output import PROVENANCE, WRITTEN
+
+TABLE = "scores.tsv"
+
+
+def write_case(
+    folder: Path,
+    case: Case,
+    preprocessing: Preprocessing,
+    counterpart: np.ndarray,
+    anomaly: np.ndarray,
+    threshold: float | None = None,
+) -> None:
+    """Write ``NAME_healthy``, ``NAME_anomaly`` and, with a threshold, ``NAME_lesion``, on the input's own grid.
+
+    Volumes are NIfTI; of pictures the counterpart is PNG, the map ``.npy`` (float32, which PNG cannot hold), the lesion
+    PNG with 1 for a lesion. Several channels of a counterpart are files of their own, ``NAME_healthy_CHANNEL``.
+
+    Args:
+        folder: where to.
+        case: whose.
+        preprocessing: of the model.
+        counterpart: ``(C, *S)``.
+        anomaly: ``(*S)``, in units of the model's intensity range.
+        threshold: of the map, above which there is a lesion.
+    """
+    name, is_volume = case.record.id, preprocessing.spatial_dims == 3
+    suffix = ".nii.gz" if is_volume else ".png"
+    channels = preprocessing.channels
+    one_file = len(channels) == 1 or preprocessing.is_rgb
+    paths = [folder / f"{name}_healthy{suffix}"]
+    if not one_file:
+        paths = [folder / f"{name}_healthy_{channel}{suffix}" for channel in channels]
+    for path, part in zip(paths, np.split(counterpart, len(paths)), strict=True):
+        images.write(path, preprocessing.restore(part, case.geometry))
+    map_path = folder / f"{name}_anomaly{'.nii.gz' if is_volume else '.npy'}"
+    images.write(map_path, restore_map(preprocessing, anomaly, case))
+    if threshold is not None:
+        lesion = preprocessing.restore(anomaly > threshold, case.geometry, labels=True)
+        images.write(folder / f"{name}_lesion{suffix}", lesion)
+
+
+def restore_map(preprocessing: Preprocessing, anomaly: np.ndarray, case: Case) -> nib.Nifti1Image | np.ndarray:
+    """A map ``(*S)`` in the input's space, in its own units, 0 outside the model's grid; 2-D: float32 ``(H, W)``."""
+    anomaly = np.asarray(anomaly, np.float32)[None]  # (1, *S)
+    if preprocessing.spatial_dims == 2:
+        return case.geometry.undo(anomaly, fill=0.0)[0]
+    as_is = replace(preprocessing, intensity=IntensityRecipe())  # a difference has no offset to add
+    return as_is.restore(anomaly, case.geometry)
+
+
+def write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a table, one row an image, atomically; n/a where nothing is known."""
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    columns = list(rows[0])
+    table.writerow(columns)
+    for row in rows:
+        table.writerow([_cell(row[column]) for column in columns])
+    return write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def settle_request(folder: Path, request: Mapping[str, Any]) -> None:
+    """Write ``provenance.json``, or refuse a folder that holds the results of another request.
+
+    Args:
+        folder: made if it is not there.
+        request: what the results depend on, JSON-safe.
+
+    Raises:
+        LdmError: naming what differs.
+    """
+    path = folder / PROVENANCE
+    request = json.loads(json.dumps(request, sort_keys=True))
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        stored.pop(WRITTEN, None)
+        differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
+        if differing:
+            raise LdmError(
+                f"{folder} holds the results of another request ({', '.join(differing)} differ). Choose another "
+                "out=..., or remove the folder."
+            )
+    written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
+    write_text(path, json.dumps({**request, WRITTEN: written}, indent=1))

@@ -1,0 +1,188 @@
+"""Anomaly detection from the command line: train, tune, detect, and what is refused."""
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+
+from ldm.data.images import read
+from ldm.model.classifier import Classifier
+from ldm.model.file import read_header, read_tensors, write_model
+from ldm.training.logging import read_metrics
+from tests.applications.blobs import DATA, SMALL, write_blobs
+
+pytestmark = pytest.mark.slow
+
+FAST = ("steps=10", "batch_size=16", "resamples=20", "score=mean")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A diffusion model and a classifier of the small cohort."""
+    from ldm.commands.main import main
+
+    folder = tmp_path_factory.mktemp("blobs")
+    root = write_blobs(folder / "data")
+    common = (*DATA, *SMALL, f"data.root={root}", f"runs_dir={folder}/runs")
+    before, argv = os.getcwd(), sys.argv
+    os.chdir(folder)
+    try:
+        for verb, steps in (("train-ldm", 160), ("train-classifier", 80)):
+            sys.argv = ["ldm", verb, *common, f"trainer.max_steps={steps}", f"trainer.val_every={steps}"]
+            main()
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return folder / "runs/blobs", common, root
+
+
+def test_the_classifier_tells_little_noise_better_than_much(trained):
+    run, _, _ = trained
+    metrics = read_metrics(run / "classifier/metrics.jsonl")
+    accuracy = [metrics[f"classifier/val/accuracy_bin/{k}"][-1][1] for k in range(10)]
+    assert accuracy[0] > 0.85
+    assert accuracy[0] > accuracy[9] + 0.15
+    classifier = Classifier.load(run / "classifier/model.safetensors")
+    assert classifier.target.levels == ("0", "1")
+    assert classifier.facts["model_sha256"] == read_header(run / "ldm/model.safetensors")["tensors_sha256"]
+
+
+def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
+    run, common, root = trained
+    shutil.rmtree(run / "detection", ignore_errors=True)
+    request = ("detect", *common, *FAST, "intensity_channel=FLAIR")
+    code, text = ldm(*request, "tune=true", "sweep={levels: [300, 500], scales: [10, 60], share: 0.5}")
+    assert not code, text
+    chosen = json.loads((run / "ldm/detection.json").read_text())["guides"]["classifier"]
+    assert len(chosen["sweep"]) == 4
+    assert chosen["images"]["patients"] == 4
+    assert chosen["sweep"][0]["dice_pooled"] <= max(row["dice_pooled"] for row in chosen["sweep"])
+    assert set(chosen["baselines"]) == {"partial_noising", "intensity"}
+
+    code, text = ldm(*request)
+    assert not code, text
+    metrics = json.loads((run / "detection/metrics.json").read_text())
+    assert metrics["images"] == {"healthy": 8, "diseased": 8}
+    assert metrics["chosen_on_these_images"] is False
+    found = metrics["methods"]["classifier"]
+    assert found["pixel_auroc"]["value"] > 0.8
+    assert found["image_auroc"]["value"] > 0.9
+    assert found["dice"]["value"] > 0.4
+    assert found["image_auroc"]["value"] > metrics["methods"]["partial_noising"]["image_auroc"]["value"]
+    assert metrics["sanity"]["round_trip_mae"] < 0.1
+    assert metrics["sanity"]["diseased_map_guided"] > 2 * metrics["sanity"]["healthy_map_guided"]
+    assert "| classifier |" in (run / "detection/metrics.md").read_text()
+    provenance = json.loads((run / "detection/provenance.json").read_text())
+    assert provenance["options"]["level"] == chosen["level"]
+    assert provenance["threshold"] == chosen["threshold"]
+
+    scores = pd.read_csv(run / "detection/scores.tsv", sep="\t")
+    name = scores.loc[scores["diseased"] == 1, "participant_id"].iloc[0]
+    anomaly = np.load(run / f"detection/{name}_anomaly.npy")
+    lesion = read(run / f"detection/{name}_lesion.png").array[0]
+    np.testing.assert_array_equal(lesion > 0, anomaly > chosen["threshold"])
+    image, healthy = (
+        np.stack([read(folder / file).array[0] for file in files]) / 255
+        for folder, files in (
+            (root, (f"T1/{name}.png", f"FLAIR/{name}.png")),
+            (run / "detection", (f"{name}_healthy_T1.png", f"{name}_healthy_FLAIR.png")),
+        )
+    )
+    np.testing.assert_allclose(np.abs(image - healthy).sum(0), anomaly, atol=0.01)  # as written: 8 bits
+    assert (run / "detection/panel.png").is_file()
+
+    # the same command goes on from what is stored; another one is refused
+    stored = run / "detection/model_space" / f"{name}.npz"
+    time = stored.stat().st_mtime_ns
+    code, text = ldm(*request)
+    assert not code, text
+    assert stored.stat().st_mtime_ns == time
+    code, text = ldm(*request, "scale=5")
+    assert code
+    assert "results of another request (" in text
+    assert "options, threshold differ" in text
+
+    # patients of the validation split that nothing was chosen on
+    code, text = ldm(*request, "split=valid", "compare=false", "out=rest")
+    assert not code, text
+    metrics = json.loads((tmp_path / "rest/metrics.json").read_text())
+    assert metrics["patients"] == 4
+    assert metrics["sanity"] == {}
+
+
+@pytest.mark.parametrize(("guide", "scale"), [("free", 2.0), ("none", None)])
+def test_a_folder_of_images_without_classifier(trained, ldm, tmp_path, guide, scale):
+    _, common, root = trained
+    cases, masks = tmp_path / "cases", tmp_path / "masks"
+    masks.mkdir()
+    for name in ("p0-0", "p0-1", "p1-0", "p1-1"):
+        (cases / name).mkdir(parents=True)
+        for channel in ("T1", "FLAIR"):
+            shutil.copy(root / channel / f"{name}.png", cases / name / f"{name}_{channel.lower()}.png")
+        shutil.copy(root / "mask" / f"{name}.png", masks / f"{name}_seg.png")
+    model = next(item for item in common if item.startswith("runs_dir=")).removeprefix("runs_dir=")
+    request = ("detect", f"model={model}/blobs/ldm/model.safetensors", f"guide={guide}", "images=cases", *FAST)
+    code, text = ldm(*request, *([f"scale={scale}"] if scale else []), "compare=false", "out=alone")
+    assert not code, text
+    scores = pd.read_csv(tmp_path / "alone/scores.tsv", sep="\t")
+    assert scores["diseased"].isna().all()
+    code, text = ldm(*request, "masks=masks", "out=compared", "threshold=0.4")
+    assert not code, text
+    metrics = json.loads((tmp_path / "compared/metrics.json").read_text())
+    assert set(metrics["methods"]) == ({"none"} if guide == "none" else {"free", "partial_noising", "intensity"})
+    if guide == "free":
+        scores = pd.read_csv(tmp_path / "compared/scores.tsv", sep="\t").groupby("diseased")["score"].mean()
+        assert scores[1] > scores[0]
+        return
+
+    for change, arguments, message in (
+        (lambda: (masks / "p1-1_seg.png").unlink(), (), "'p1-1' has no mask"),
+        (
+            lambda: PIL.Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "p1-1_seg.png"),
+            (),
+            "record 'p1-1': 'T1' and 'labels' do not lie on one grid (shapes are (16, 16) and (9, 9))",
+        ),
+        (
+            lambda: [shutil.copy(root / "mask/p0-0.png", masks / f"{name}_seg.png") for name in ("p0-1", "p1-1")],
+            (),
+            "All 4 images to evaluate are healthy by 'diseased'",
+        ),
+        (lambda: None, ("healthy=2",), "has no level '2'"),
+        (lambda: None, ("images=masks",), "no image there is called NAME_{T1,FLAIR}"),
+        (lambda: (cases / "p1-0/p1-0_flair.png").unlink(), (), "'p1-0' has no FLAIR (no p1-0_FLAIR.*"),
+    ):
+        change()
+        code, text = ldm(*request, "masks=masks", "out=refused", *arguments)
+        assert code, message
+        assert message in text
+
+
+def test_what_does_not_belong_together_is_refused(trained, ldm, tmp_path):
+    run, common, _ = trained
+    other = tmp_path / "other.safetensors"
+    header, tensors = read_header(run / "ldm/model.safetensors"), read_tensors(run / "ldm/model.safetensors")
+    tensors["latent_space.std"] = tensors["latent_space.std"] * 1.1
+    write_model(other, tensors, header)
+    code, text = ldm("detect", *common, *FAST, f"model={other}", "out=refused")
+    assert code
+    assert "noisy latents of another diffusion model (latent_space_sha256 differ)" in text
+
+    (tmp_path / "detection.json").write_text(json.dumps({"model_sha256": "0" * 64, "guides": {}}))
+    code, text = ldm("detect", *common, *FAST, f"model={other}", "guide=free", "out=refused")
+    assert code
+    assert "was made for another model" in text
+    (tmp_path / "detection.json").unlink()
+
+    for arguments, message in (
+        (("classifier.target=diseasd",), "no covariate 'diseasd'. Did you mean 'diseased'?"),
+        (("classifier.class_weights=balance",), "Did you mean 'balanced'?"),
+        (("data.split={column: null, seed: 3}",), "another split"),
+    ):
+        code, text = ldm("train-classifier", *common, "run_dir=refused", *arguments)
+        assert code
+        assert message in text
