@@ -37,7 +37,7 @@ $(VERBS): $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
 	$(LDM) $@ $(ARGS)
 
 test: $(VENV)/.installed-dev ## all tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style
 	$(VENV)/bin/ruff check ldm tests benchmarks

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 os.environ.setdefault("WANDB_MODE", "offline")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Processes that work side by side have one thread each; two with two would wait for each other most of the time.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 TINY = (
     "vae.network.channels=[16,16]",

@@ -14,17 +14,6 @@ from ldm.data.simulated.anatomy import Grid, template
 from ldm.errors import LdmError
 
 
-@pytest.fixture(scope="module")
-def atlas() -> render.Atlas:
-    return render.Atlas.build(4.0)
-
-
-@pytest.fixture
-def coarse(atlas, monkeypatch) -> None:
-    """Spare the writer the seconds of building the same atlas again."""
-    monkeypatch.setattr(writer.Atlas, "build", classmethod(lambda cls, spacing: atlas))
-
-
 def subject(atlas: render.Atlas, index: int, seed: int = 3):
     rng = population.generator(seed, index, population.ANATOMY)
     drawn = population.draw(rng, atlas.head_mm3)

@@ -16,7 +16,10 @@ HEAD_SD_MM3 = 0.085e6
 HEAD_RANGE_MM3 = (1.10e6, 1.62e6)
 VENTRICLES_MEDIAN_MM3 = 27e3  # at the middle age, over both sexes
 VENTRICLES_RANGE_MM3 = (9e3, 120e3)
-ANATOMY, RENDERING = 0, 1  # streams of random numbers of one subject
+# Streams of random numbers of one subject: each purpose has its own, so that none shifts another. The streams of
+# rendering recur for each sequence.
+ANATOMY, RENDERING, LESION, LESION_RENDERING, SLICES = range(5)
+STREAMS_PER_SEQUENCE = 5
 
 
 def generator(seed: int, index: int, stream: int) -> np.random.Generator:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import ndimage
 
-from ldm.data.simulated import population, warp
+from ldm.data.simulated import lesions, population, warp
 from ldm.data.simulated.anatomy import Anatomy, Grid, template
+from ldm.data.simulated.sequences import Tissues, scan
 
 FIELD_OF_VIEW_MM = (160.0, 192.0, 160.0)  # holds every simulated brain with a margin
 CENTRE_MM = (0.0, -17.0, 6.0)  # of the field of view, in the MNI-like world space
 MULTIPLE = 8  # default shapes divide by this along every axis
 LABELS = ("background", "csf", "grey_matter", "white_matter", "ventricles")
+LESION_LABELS = lesions.PARTS  # values 5, 6, 7
 VENTRICLE_LATTICE = Grid((-66.0, -102.0, -60.0), 3.0, (45, 59, 43))
 BRAIN_LATTICE = Grid((-80.0, -112.0, -77.0), 4.0, (41, 48, 41))
 TOLERANCE = 0.002  # of the ventricular volume, in the search for its displacement
@@ -91,9 +94,12 @@ class Deformation:
     individual: np.ndarray  # displacement (3, X, Y, Z) on warp.RANDOM_GRID
     ventricular: np.ndarray  # displacement (3, X, Y, Z) on warp.VENTRICLE_GRID
     fraction: np.ndarray  # ventricular fraction (X, Y, Z) after that displacement, on warp.FRACTION_GRID
+    mass: np.ndarray | None = None  # mass effect of a tumour: displacement (3, X, Y, Z) on lesions.PUSH_GRID
 
     def pose(self, points: np.ndarray) -> np.ndarray:
-        """Pose alone: subject points (3, N) to template points (3, N) float32, mm."""
+        """Mass effect and pose: subject points (3, N) to template points (3, N) float32, mm."""
+        if self.mass is not None:
+            points = points + warp.displacement_at(self.mass, lesions.PUSH_GRID, points)
         inverse, offset = self.inverse.astype(np.float32), self.offset.astype(np.float32)
         return inverse @ (points - offset[:, None])
 
@@ -116,26 +122,98 @@ class Deformation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A simulated subject: image (X, Y, Z) int16, labels (X, Y, Z) uint8 (index in LABELS) and true covariates."""
+    """A simulated subject: images and labels on the grid (X, Y, Z), and true covariates."""
 
-    image: np.ndarray
-    labels: np.ndarray
+    images: dict[str, np.ndarray]  # sequence -> (X, Y, Z) int16
+    labels: np.ndarray  # (X, Y, Z) uint8: index in LABELS + LESION_LABELS
     age: float  # years
     sex: str
     ventricles_mm3: float
-    brain_mm3: float
+    brain_mm3: float  # without necrosis and rim of a tumour
+    diseased: bool = False
+    lesion_mm3: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LESION_LABELS, 0.0))
+    lesion_centre: np.ndarray | None = None  # (3,) mm; of a healthy subject: where one could have been
+    lesion_radius_mm: float | None = None
+
+    @property
+    def image(self) -> np.ndarray:
+        """The T1-weighted image, (X, Y, Z) int16."""
+        return self.images["T1"]
 
 
-def render(atlas: Atlas, grid: Grid, seed: int, index: int) -> Rendered:
-    """Make subject `index` of the population `seed` on `grid`."""
+def render(
+    atlas: Atlas,
+    grid: Grid,
+    seed: int,
+    index: int,
+    sequences: Sequence[str] = ("T1",),
+    lesion_share: float | None = None,
+) -> Rendered:
+    """Make subject `index` of the population `seed` on `grid`, in these `sequences` of `sequences.SEQUENCES`.
+
+    With a `lesion_share` (0 to 1) a subject has a tumour with that probability; the subject is else the same.
+    """
+    body = embody(atlas, seed, index, lesion_share)
+    brain = _brain_volume(atlas, body)
+    inside, points, tissues = _tissues(atlas, grid, body)
+    images = {name: _filled(grid, inside, scan(name, points, tissues, seed, index)) for name in sequences}
+    labels = _filled(grid, inside, _labels(tissues))
+    facts = {} if body.lesion is None else {"diseased": True, "lesion_mm3": _lesion_volumes(atlas, body)}
+    return Rendered(
+        images,
+        labels,
+        body.subject.age,
+        body.subject.sex,
+        body.ventricles_mm3,
+        brain,
+        lesion_centre=body.lesion_centre,
+        lesion_radius_mm=body.lesion_radius_mm,
+        **facts,
+    )
+
+
+@dataclass(frozen=True)
+class Body:
+    """The anatomy of a subject, before any image."""
+
+    subject: population.Subject
+    deformation: Deformation
+    ventricles_mm3: float
+    lesion: lesions.Lesion | None = None
+    lesion_centre: np.ndarray | None = None  # (3,) mm; of a healthy subject: where one could have been
+    lesion_radius_mm: float | None = None
+
+
+def embody(atlas: Atlas, seed: int, index: int, lesion_share: float | None = None) -> Body:
+    """The anatomy of subject `index` of the population `seed`, with a tumour with the probability `lesion_share`."""
     rng = population.generator(seed, index, population.ANATOMY)
     subject = population.draw(rng, atlas.head_mm3)
-    deformation, ventricles = deform(atlas, subject, warp.random_displacement(rng))
-    brain = _brain_volume(atlas, subject, deformation)
-    image, labels = _draw_images(
-        atlas, grid, subject, deformation, population.generator(seed, index, population.RENDERING)
-    )
-    return Rendered(image, labels, subject.age, subject.sex, ventricles, brain)
+    healthy = Body(subject, *deform(atlas, subject, warp.random_displacement(rng)))
+    if lesion_share is None:
+        return healthy
+    rng = population.generator(seed, index, population.LESION)
+    plan = lesions.draw(rng, lesion_share)
+    tissue = _healthy_tissue(atlas, subject, healthy.deformation, BRAIN_LATTICE.points())
+    centre = lesions.place(rng, plan, BRAIN_LATTICE, tissue)
+    healthy = replace(healthy, lesion_centre=centre, lesion_radius_mm=plan.radius_mm)
+    return _with_lesion(atlas, healthy, plan, lesions.Mass.draw(rng, plan, centre)) if plan.diseased else healthy
+
+
+def _with_lesion(atlas: Atlas, body: Body, plan: lesions.Plan, mass: lesions.Mass) -> Body:
+    """A healthy subject, pushed aside by `mass`, and with the whole tumour in it."""
+    before = _healthy_tissue(atlas, body.subject, body.deformation, lesions.PUSH_GRID.points())
+    deformation = replace(body.deformation, mass=lesions.push(plan, mass, before))
+    after = _healthy_tissue(atlas, body.subject, deformation, mass.grid.points())
+    lesion = lesions.spread(plan, mass, after)
+    ventricles = _ventricular_volume(deformation, lesion)
+    return replace(body, deformation=deformation, lesion=lesion, ventricles_mm3=ventricles)
+
+
+def _filled(grid: Grid, inside: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(X, Y, Z) with `values` (N,) at the flat indices `inside` and 0 elsewhere."""
+    volume = np.zeros(grid.shape, values.dtype)
+    volume.flat[inside] = values
+    return volume
 
 
 def deform(atlas: Atlas, subject: population.Subject, individual: np.ndarray) -> tuple[Deformation, float]:
@@ -188,19 +266,62 @@ def _mix(ends: tuple[np.ndarray, np.ndarray], atrophy: float) -> np.ndarray:
     return np.float32(1 - atrophy) * ends[0] + np.float32(atrophy) * ends[1]
 
 
-def _brain_volume(atlas: Atlas, subject: population.Subject, deformation: Deformation) -> float:
+def _healthy_tissue(
+    atlas: Atlas, subject: population.Subject, deformation: Deformation, points: np.ndarray
+) -> lesions.Tissue:
+    """Tissue at subject `points` (3, N) as if a tumour replaced none, whatever the image's spacing."""
+    fine = atlas.fine
+    moved = deformation.without_ventricles(points)
+    origins = deformation.grow(moved)
+    maps = fine.brain, _mix(fine.grey, subject.atrophy), _mix(fine.white, subject.atrophy)
+    brain, grey, white = (fine.grid.sample(volume, origins) for volume in maps)
+    return lesions.Tissue(brain, grey, white, warp.FRACTION_GRID.sample(deformation.fraction, moved), origins)
+
+
+def _ventricular_volume(deformation: Deformation, lesion: lesions.Lesion) -> float:
+    """Integral of the ventricular fraction over the subject after the mass effect, mm3."""
+    points = VENTRICLE_LATTICE.points()
+    fraction = warp.FRACTION_GRID.sample(deformation.fraction, deformation.without_ventricles(points))
+    core, _, _ = lesion.fractions(points, VENTRICLE_LATTICE.step)
+    return float((fraction * (1 - core)).sum(dtype=np.float64)) * VENTRICLE_LATTICE.step**3
+
+
+def _lesion_volumes(atlas: Atlas, body: Body) -> dict[str, float]:
+    """Volumes of the parts of a tumour, integrated over its own lattice, mm3."""
+    grid = body.lesion.grid
+    tissue = _healthy_tissue(atlas, body.subject, body.deformation, grid.points())
+    parts, _, _ = _lesion_parts(body.lesion, grid.points(), grid.step, tissue.grey, tissue.white)
+    return {name: float(part.sum(dtype=np.float64)) * grid.step**3 for name, part in parts.items()}
+
+
+def _lesion_parts(
+    lesion: lesions.Lesion, points: np.ndarray, width_mm: float, grey: np.ndarray, white: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Fractions (N,) of a tumour's parts, and what is left of `grey` and `white` beside them."""
+    core, necrosis, swollen = lesion.fractions(points, width_mm)
+    grey, white = grey * (1 - core), white * (1 - core)
+    wet_grey, wet_white = lesions.GREY_SHARE * swollen * grey, swollen * white
+    parts = dict(zip(lesions.PARTS, (necrosis, wet_grey + wet_white, core - necrosis), strict=True))
+    return parts, grey - wet_grey, white - wet_white
+
+
+def _brain_volume(atlas: Atlas, body: Body) -> float:
     """Integral of grey and white matter over the subject, mm3, on a lattice of its own whatever the image's."""
+    subject, deformation = body.subject, body.deformation
     fine = atlas.fine
     tissue = _mix(fine.grey, subject.atrophy) + _mix(fine.white, subject.atrophy)
     points = BRAIN_LATTICE.points()
     points = points[:, _near_brain(atlas, deformation, points)]
     fraction = fine.grid.sample(tissue, deformation(points))
+    if body.lesion is not None:
+        core, _, _ = body.lesion.fractions(points, BRAIN_LATTICE.step)
+        fraction = fraction * (1 - core)
     return float(fraction.sum(dtype=np.float64)) * BRAIN_LATTICE.step**3
 
 
-def _draw_images(
-    atlas: Atlas, grid: Grid, subject: population.Subject, deformation: Deformation, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _tissues(atlas: Atlas, grid: Grid, body: Body) -> tuple[np.ndarray, np.ndarray, Tissues]:
+    """Voxels of `grid` in the head: flat indices (N,), points (3, N) in mm, and tissues."""
+    subject, deformation, lesion = body.subject, body.deformation, body.lesion
     points = grid.points()
     near = _near_brain(atlas, deformation, points)
     moved = deformation.without_ventricles(points[:, near])
@@ -219,33 +340,22 @@ def _draw_images(
     room = np.minimum(1, (1 - ventricles) / np.maximum(grey + white, 1e-6))
     grey, white = grey * room, white * room
     csf = np.clip(1 - grey - white - ventricles, 0, 1)
+    if lesion is None:
+        return inside, points, Tissues(grey, white, csf, ventricles, texture, {})
 
-    image = np.zeros(grid.shape, np.int16)
-    image.flat[inside] = _scan(points, grey, white, csf + ventricles, texture, rng)
-    labels = np.zeros(grid.shape, np.uint8)
+    parts, grey, white = _lesion_parts(lesion, points, grid.step, grey, white)
+    healthy = 1 - parts["necrotic_core"] - parts["enhancing"]
+    csf, ventricles, texture = csf * healthy, ventricles * healthy, texture * healthy
+    unrest = lesion.grid.sample(lesion.unrest, points, mode="nearest")
+    return inside, points, Tissues(grey, white, csf, ventricles, texture, parts, unrest)
+
+
+def _labels(tissues: Tissues) -> np.ndarray:
+    """The tissue that fills most of each voxel, (N,) uint8: a tumour where its parts together fill half of it."""
+    grey, white, csf, ventricles = tissues.grey, tissues.white, tissues.csf, tissues.ventricles
     tissue = np.where(white > grey, 3, 2)
-    labels.flat[inside] = np.where(csf + ventricles < grey + white, tissue, np.where(ventricles > csf, 4, 1))
-    return image, labels
-
-
-def _scan(
-    points: np.ndarray,
-    grey: np.ndarray,
-    white: np.ndarray,
-    csf: np.ndarray,
-    texture: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """T1-weighted intensities (N,) int16 of tissue fractions at world `points`: contrast, bias field, noise, gain."""
-    grey_level, csf_level = rng.uniform(0.66, 0.82), rng.uniform(0.18, 0.36)
-    signal = grey_level * grey + white + csf_level * csf + rng.uniform(0.8, 1.3) * texture
-    bias = np.zeros_like(signal)
-    for _ in range(4):  # a few long waves, in every direction
-        direction = rng.standard_normal(3)
-        wave = 2 * np.pi / rng.uniform(150, 350) * direction / np.linalg.norm(direction)
-        bias += rng.normal(0, 0.04) * np.cos(wave.astype(np.float32) @ points + rng.uniform(0, 2 * np.pi))
-    signal = signal * np.exp(bias)
-    noise = rng.uniform(0.008, 0.028)
-    real, imaginary = rng.standard_normal((2, signal.size), dtype=np.float32) * np.float32(noise)
-    magnitude = np.hypot(signal + real, imaginary)  # Rician, as in a magnitude image
-    return np.clip(np.rint(magnitude * rng.uniform(500, 1100)), 1, np.iinfo(np.int16).max).astype(np.int16)
+    labels = np.where(csf + ventricles < grey + white, tissue, np.where(ventricles > csf, 4, 1))
+    if tissues.lesion:
+        parts = np.stack([tissues.lesion[name] for name in LESION_LABELS])
+        labels = np.where(parts.sum(0) > 0.5, len(LABELS) + parts.argmax(0), labels)
+    return labels.astype(np.uint8)

@@ -11,7 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +19,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from ldm.data.simulated import slices as slicing
 from ldm.data.simulated.anatomy import Grid
-from ldm.data.simulated.render import FIELD_OF_VIEW_MM, LABELS, Atlas, output_grid, render
-from ldm.errors import LdmError
+from ldm.data.simulated.render import FIELD_OF_VIEW_MM, LABELS, LESION_LABELS, Atlas, Rendered, output_grid, render
+from ldm.data.simulated.sequences import SEQUENCES
+from ldm.errors import LdmError, nearest
 
 VERSION = 1  # of the simulation: raised whenever the same parameters would give other images
+EXTRAS_VERSION = 1  # the same for what only cohorts with lesions, further sequences or slices have
 MANIFEST = "simulated.json"
 COLUMNS = {
     "age": {"Description": "Simulated age", "Units": "years"},
@@ -39,6 +42,34 @@ COLUMNS = {
         "Units": "mm3",
     },
 }
+LESION_COLUMNS = {
+    "diseased": {
+        "Description": "Whether the subject has a tumour",
+        "Levels": {"healthy": "no tumour", "diseased": "a tumour"},
+    },
+    "lesion_mm3": {
+        "Description": "True volume of the whole tumour: necrotic core, enhancing rim, oedema",
+        "Units": "mm3",
+    },
+    **{
+        f"{part}_mm3": {
+            "Description": f"True volume of this part of the tumour: {part.replace('_', ' ')}",
+            "Units": "mm3",
+        }
+        for part in LESION_LABELS
+    },
+}
+SLICE_COLUMNS = {
+    "axial": {"Description": "Number of the axial slice, counted from below from 0"},
+    "z_mm": {"Description": "Height of the slice in the image's world space", "Units": "mm"},
+}
+SLICE_LESION_COLUMNS = {
+    "diseased": {
+        "Description": "Whether the labels of this slice hold a tumour",
+        "Levels": {"healthy": "no tumour in the slice", "diseased": "a tumour in the slice"},
+    },
+    "lesion_mm2": {"Description": "Area that the labels of this slice give to the tumour", "Units": "mm2"},
+}
 log = logging.getLogger(__name__)
 
 
@@ -50,10 +81,28 @@ class Parameters:
     spacing_mm: float
     seed: int
     shape: tuple[int, int, int]
+    sequences: tuple[str, ...] = ("T1",)
+    lesions: float | None = None
+    slices: int = 0
     version: int = VERSION
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"shape": list(self.shape)}
+        """What the manifest holds; a plain cohort's says nothing of extras."""
+        plain = Parameters(self.n, self.spacing_mm, self.seed, self.shape)
+        entries = asdict(self) | {"shape": list(self.shape), "sequences": list(self.sequences)}
+        if self == plain:
+            return {key: value for key, value in entries.items() if key not in ("sequences", "lesions", "slices")}
+        return entries | {"extras_version": EXTRAS_VERSION}
+
+    @property
+    def columns(self) -> dict[str, dict]:
+        """Columns of participants.tsv with their descriptions."""
+        return COLUMNS | (LESION_COLUMNS if self.lesions is not None else {})
+
+    @property
+    def slice_columns(self) -> dict[str, dict]:
+        """Columns of slices.tsv with their descriptions; a slice's own `diseased` takes the place of its subject's."""
+        return self.columns | SLICE_COLUMNS | (SLICE_LESION_COLUMNS if self.lesions is not None else {})
 
     @property
     def grid(self) -> Grid:
@@ -68,6 +117,9 @@ def generate(
     shape: tuple[int, int, int] | None = None,
     workers: int = 2,
     progress: bool = True,
+    sequences: Sequence[str] = ("T1",),
+    lesions: float | None = None,
+    slices: int = 0,
 ) -> Path:
     """Write a simulated cohort of `n` brains, `spacing_mm` apart, into the folder `root` and return it.
 
@@ -75,11 +127,16 @@ def generate(
     killed call is completed by the next one with the same parameters; a complete cohort is left as it is.
     `shape` defaults to the smallest multiples of 8 that hold every brain; `workers` are processes (1: this one).
 
+    `sequences` are names in `sequences.SEQUENCES`, T1 among them. `lesions` is the probability (0 to 1) of a subject to
+    have a tumour; None: nobody has, and the tables do not speak of it. `slices` is a number of axial slices a subject,
+    through the tumour or, in healthy subjects, where one could have been: they are listed in slices.tsv, one a row.
+    None of this changes the anatomy of healthy subjects, their labels or their T1 images.
+
     Raises LdmError for impossible parameters, for a folder that holds a cohort made with other parameters, and for
     a folder that holds something else.
     """
     root = Path(root)
-    parameters = _checked(n, spacing_mm, seed, shape, workers)
+    parameters = _checked(n, spacing_mm, seed, shape, workers, sequences, lesions, slices)
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
         if _is_complete(root, parameters):
@@ -88,12 +145,21 @@ def generate(
         _write_description(root, parameters)
         missing = [k for k in range(n) if not _sidecar(root, k).exists()]
         _make(root, parameters, missing, workers, progress)
-        _write_participants(root, n)
+        _write_tables(root, parameters)
         _write_json(root / MANIFEST, parameters.to_dict() | {"complete": True})
     return root
 
 
-def _checked(n: int, spacing_mm: float, seed: int, shape: tuple[int, int, int] | None, workers: int) -> Parameters:
+def _checked(
+    n: int,
+    spacing_mm: float,
+    seed: int,
+    shape: tuple[int, int, int] | None,
+    workers: int,
+    sequences: Sequence[str],
+    lesions: float | None,
+    slices: int,
+) -> Parameters:
     if not 1 <= n <= 9999:
         raise LdmError(f"simulated cohort: n = {n}, but it must be between 1 and 9999 subjects.")
     if not 0.5 <= spacing_mm <= 8:
@@ -109,8 +175,27 @@ def _checked(n: int, spacing_mm: float, seed: int, shape: tuple[int, int, int] |
             f"simulated cohort: shape = {tuple(shape)} would cut brains at {spacing_mm} mm; it needs at "
             f"least {least} voxels. Leave shape out to get the smallest multiples of 8 that fit."
         )
+    _check_extras(sequences, lesions, slices)
     grid = output_grid(float(spacing_mm), None if shape is None else tuple(int(s) for s in shape))
-    return Parameters(int(n), float(spacing_mm), int(seed), grid.shape)
+    share = None if lesions is None else float(lesions)
+    return Parameters(int(n), float(spacing_mm), int(seed), grid.shape, tuple(sequences), share, int(slices))
+
+
+def _check_extras(sequences: Sequence[str], lesions: float | None, slices: int) -> None:
+    for name in sequences:
+        if name not in SEQUENCES:
+            raise LdmError(
+                f"simulated cohort: there is no sequence '{name}'.{nearest(name, SEQUENCES)} "
+                f"Legal: {', '.join(SEQUENCES)}."
+            )
+    if "T1" not in sequences or len(set(sequences)) < len(sequences):
+        raise LdmError(f"simulated cohort: sequences = {list(sequences)}, but it must name T1, and none twice.")
+    if lesions is not None and not 0 <= lesions <= 1:
+        raise LdmError(
+            f"simulated cohort: lesions = {lesions}, but it is the share of diseased subjects, 0 to 1, or null."
+        )
+    if not 0 <= slices <= slicing.MOST:
+        raise LdmError(f"simulated cohort: slices = {slices}, but it must be between 0 and {slicing.MOST} a subject.")
 
 
 @contextlib.contextmanager
@@ -211,23 +296,37 @@ def _sidecar(root: Path, index: int) -> Path:
 
 def _write_subject(atlas: Atlas, root: Path, parameters: Parameters, index: int) -> None:
     """Write one subject; its sidecar comes last and so says that the rest is there."""
-    subject = render(atlas, parameters.grid, parameters.seed, index)
+    # Slices lie where a tumour is or could be, which is drawn together with tumours.
+    share = 0.0 if parameters.lesions is None and parameters.slices else parameters.lesions
+    subject = render(atlas, parameters.grid, parameters.seed, index, parameters.sequences, share)
     sidecar = _sidecar(root, index)
     sidecar.parent.mkdir(parents=True, exist_ok=True)
     affine = parameters.grid.affine
     _write_nifti(sidecar.with_name(f"{_name(index)}_dseg.nii.gz"), subject.labels, affine, "simulated labels")
-    _write_nifti(sidecar.with_name(f"{_name(index)}_T1w.nii.gz"), subject.image, affine, "simulated T1w brain")
-    _write_json(
-        sidecar,
-        {
-            "Simulated": True,
-            "SkullStripped": True,
-            "age": subject.age,
-            "sex": subject.sex,
-            "ventricles_mm3": round(subject.ventricles_mm3, 1),
-            "brain_mm3": round(subject.brain_mm3, 1),
-        },
-    )
+    for name, image in subject.images.items():
+        suffix = SEQUENCES[name].suffix
+        path = sidecar.with_name(f"{_name(index)}_{suffix}.nii.gz")
+        _write_nifti(path, image, affine, f"simulated {suffix} brain")
+    _write_json(sidecar, _facts(parameters, index, subject))
+
+
+def _facts(parameters: Parameters, index: int, subject: Rendered) -> dict:
+    """What the sidecar of a subject holds: its row of participants.tsv, and its rows of slices.tsv."""
+    facts = {
+        "Simulated": True,
+        "SkullStripped": True,
+        "age": subject.age,
+        "sex": subject.sex,
+        "ventricles_mm3": round(subject.ventricles_mm3, 1),
+        "brain_mm3": round(subject.brain_mm3, 1),
+    }
+    if parameters.lesions is not None:
+        facts["diseased"] = "diseased" if subject.diseased else "healthy"
+        facts["lesion_mm3"] = round(sum(subject.lesion_mm3.values()), 1)
+        facts |= {f"{part}_mm3": round(volume, 1) for part, volume in subject.lesion_mm3.items()}
+    if parameters.slices:
+        facts["slices"] = slicing.rows(subject, parameters.grid, parameters.seed, index, parameters.slices)
+    return facts
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description: str) -> None:
@@ -258,17 +357,28 @@ def _write_description(root: Path, parameters: Parameters) -> None:
             "Simulation": parameters.to_dict(),
         },
     )
-    _write_json(root / "participants.json", COLUMNS)
-    names = "".join(f"{index}\t{name}\n" for index, name in enumerate(LABELS))
+    _write_json(root / "participants.json", parameters.columns)
+    if parameters.slices:
+        _write_json(root / "slices.json", parameters.slice_columns)
+    labels = LABELS if parameters.lesions is None else LABELS + LESION_LABELS
+    names = "".join(f"{index}\t{name}\n" for index, name in enumerate(labels))
     _write(root / "dseg.tsv", f"index\tname\n{names}".encode())
 
 
-def _write_participants(root: Path, n: int) -> None:
-    lines = ["\t".join(["participant_id", *COLUMNS])]
-    for index in range(n):
-        facts = json.loads(_sidecar(root, index).read_text())
-        lines.append("\t".join([_name(index), *(str(facts[column]) for column in COLUMNS)]))
-    _write(root / "participants.tsv", ("\n".join(lines) + "\n").encode())
+def _write_tables(root: Path, parameters: Parameters) -> None:
+    facts = {_name(k): json.loads(_sidecar(root, k).read_text()) for k in range(parameters.n)}
+    _write_table(root / "participants.tsv", parameters.columns, facts.items())
+    if parameters.slices:
+        rows = [(name, entry | one) for name, entry in facts.items() for one in entry["slices"]]
+        _write_table(root / "slices.tsv", parameters.slice_columns, rows)
+
+
+def _write_table(path: Path, columns: Iterable[str], rows: Iterable[tuple[str, dict]]) -> None:
+    """Write rows of (participant, facts), these `columns` of the facts."""
+    columns = tuple(columns)
+    lines = ["\t".join(["participant_id", *columns])]
+    lines += ["\t".join([name, *(str(facts[column]) for column in columns)]) for name, facts in rows]
+    _write(path, ("\n".join(lines) + "\n").encode())
 
 
 def _write_json(path: Path, content: dict) -> None:
