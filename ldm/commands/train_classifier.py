@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 from ldm.commands.control import first_stage_of
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.commands.target import Target
 from ldm.commands.train_ldm import posterior_cache, same_preprocessing
 from ldm.data.cohort import Cohort
 from ldm.data.schema import Covariate, CovariateSchema
@@ -47,9 +49,10 @@ def run(config: DictConfig) -> dict[str, float]:
     target = find_target(cohort.schema, settings["target"])
     counts = level_counts(cohort, target)
     first_stage, conditioners = first_stage_of(model), model.header.get("conditioners", {})
-    same_preprocessing(first_stage, datamodule, conditioners)
+    images = Target(replace(datamodule.preprocessing, channels=model.preprocessing.channels))
+    same_preprocessing(first_stage, images.preprocessing)
     train, valid = (
-        posterior_cache(config, datamodule, first_stage, split, conditioners) for split in ("train", "valid")
+        posterior_cache(config, datamodule, first_stage, split, conditioners, images) for split in ("train", "valid")
     )
     write_config(config, run_dir)
     network = {

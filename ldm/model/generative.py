@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.conditioning.base import COVARIATES
 from ldm.conditioning.build import SETTINGS
 from ldm.data.distribution import CovariateDistribution
+from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
@@ -67,6 +68,11 @@ class Generative(ABC):
     defaults: Any
     what: str
     reconstructs: bool
+
+    @property
+    def classes(self) -> LabelClasses | None:
+        """The classes of a model that generates label maps, a mask each; None for one that generates images."""
+        return None
 
     @property
     @abstractmethod

@@ -124,7 +124,7 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
 
     @property
     def classes(self) -> LabelClasses | None:
-        """The classes of a model that generates label maps, a mask each; None for one that generates images."""
+        """See :class:`Generative`."""
         target = self.header.get("target")
         return None if target is None else LabelClasses.from_config(target["labels"])
 

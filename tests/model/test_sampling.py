@@ -71,7 +71,8 @@ def test_scales_by_covariate_follow_the_formula_and_ask_for_no_more():
 def test_guidance_stays_in_its_interval():
     made = model([AGE], "concat", **FLOW)
     calls = record_calls(made)
-    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "guidance_interval": [0.5, 2.0]}
+    options = {"num_inference_steps": 10, "timestep_spacing": "trailing", "sampler": "ddim"}
+    options |= {"guidance_scale": 3.0, "guidance_interval": [0.5, 2.0]}
     made.sample({"age": 50.0}, n=1, precision="float32", **options)
     ratios = [sigma / alpha if alpha else math.inf for alpha, sigma in zip(*grid_levels(made, 10), strict=True)]
     assert [len(x) for x, _, _ in calls] == [2 if 0.5 < ratio <= 2.0 else 1 for ratio in ratios]
