@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from ldm.commands.run import plain
@@ -24,7 +24,7 @@ from ldm.data.schema import Covariate
 from ldm.errors import LdmError
 from ldm.evaluation.agreement import agreement, level_agreement
 from ldm.evaluation.distances import model_distances
-from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import check_features, find_features
 from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.instruments import Instrument, find_instrument
@@ -49,6 +49,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
     folder = Path(config.run_dir)
+    first, *others = generation_seeds(config)
     model, path = load_model(config)
     expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
@@ -65,8 +66,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
     asked = [dict(rows[i]) for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
-    draw(model, path, folder / "samples", asked, config, inputs)
-    samples = [read_sample(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
+    samples = drawn(model, path, folder / "samples", asked, config, inputs, first)
+    once = {name: values[: config.n] for name, values in inputs.items()}
+    further = {
+        seed: drawn(model, path, folder / f"samples_seed{seed}", asked[: config.n], config, once, seed)
+        for seed in others
+    }
     value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
     rebuilt = reconstructions(model, real, value_range)
     metrics: dict[str, Any] = {
@@ -75,9 +80,20 @@ def run(config: DictConfig) -> dict[str, Any]:
         "simulated": model.header.get("simulated", False),
         "split_sha256": datamodule.cohort.split_hash,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
+        "seeds": [first, *others],
         "reconstruction": quality(real, rebuilt, value_range),
         "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
     }
+    both = min(config.n, len(real))
+    within = within_sets(
+        {REAL: real[:both], RECONSTRUCTED: rebuilt[:both], SAMPLES: samples[:both]},
+        [record.subject for record in records[:both]],
+        value_range,
+        config.pairs,
+        config.seed,
+        {seed: images[:both] for seed, images in further.items()},
+    )
+    metrics |= {} if within is None else {"ms_ssim": within}
     instrument = find_instrument(
         plain(config.data).get("instrument"),
         datamodule.preprocessing,
@@ -87,14 +103,52 @@ def run(config: DictConfig) -> dict[str, Any]:
     if instrument is not None:
         metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
     if network is not None:
-        drawn = samples[: config.n]  # the others repeat covariates
-        distances = model_distances(network, model, datamodule, real, rebuilt, drawn, config.n_ref, config.seed)
+        distances = model_distances(
+            network,
+            model,
+            datamodule,
+            real,
+            rebuilt,
+            samples[: config.n],  # the others repeat covariates
+            config.n_ref,
+            config.seed,
+            further,
+            [record.subject for record in records],
+        )
         metrics |= {} if distances is None else {"distances": distances}
     pictures(model, real, rows, samples, asked, folder / "figures", value_range)
     _write_json(folder / "metrics.json", metrics)
     report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
     logger.info("Report: %s", report)
     return metrics
+
+
+def generation_seeds(config: DictConfig) -> list[int]:
+    """Seeds of the noise that samples are drawn with: ``seeds``, or ``seed`` alone.
+
+    Raises:
+        LdmError: no list of different whole numbers.
+    """
+    seeds = plain(config.seeds) if OmegaConf.is_config(config.seeds) else config.seeds
+    seeds = [config.seed] if seeds is None else seeds
+    legal = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not legal or not seeds or len(set(seeds)) < len(seeds):
+        raise LdmError(f"seeds is {seeds}; legal: a list of different whole numbers, e.g. [0,1,2].")
+    return seeds
+
+
+def drawn(
+    model: LatentDiffusionModel,
+    path: Path,
+    folder: Path,
+    asked: Sequence[Mapping[str, Any]],
+    config: DictConfig,
+    inputs: Mapping[str, Sequence[Any]],
+    seed: int,
+) -> list[np.ndarray]:
+    """Samples ``(C, *S)`` of one seed, written to ``folder`` (those that are there are kept) and read again."""
+    draw(model, path, folder, asked, OmegaConf.merge(config, {"seed": seed}), inputs)
+    return [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(asked))]
 
 
 def expect_a_split(model: LatentDiffusionModel, path: Path) -> None:
