@@ -20,15 +20,16 @@ from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.data.images import read
-from ldm.data.schema import Covariate
 from ldm.errors import LdmError
-from ldm.evaluation.agreement import agreement, level_agreement
 from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import check_features, find_features
+from ldm.evaluation.fidelity import ImageSet, fidelity
 from ldm.evaluation.folders import folder_distances
-from ldm.evaluation.instruments import Instrument, find_instrument
+from ldm.evaluation.goals import check_goals
+from ldm.evaluation.instruments import Instrument, find_instruments
 from ldm.evaluation.report import write_folder_report, write_report
+from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import image_paths, in_model_space, sample_name
 from ldm.precision import autocast
@@ -39,6 +40,8 @@ from ldm.training.vae import psnr
 logger = logging.getLogger(__name__)
 
 SHOWN = 16
+PAIRS_3D = 8  # a volume takes three planes
+CURVES = {"curves_first_stage.png": "first_stage", "curves_diffusion.png": "model"}  # picture -> whose training
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -48,9 +51,71 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
-    folder = Path(config.run_dir)
-    first, *others = generation_seeds(config)
+    folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(plain(config.goals))
     model, path = load_model(config)
+    datamodule = model_cohort(config, model, path)
+    network = find_features(plain(config.features), model.device)
+    if network is not None:
+        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
+    instruments = find_instruments(
+        plain(config.data).get("instrument"),
+        datamodule.preprocessing,
+        datamodule.schema,
+        datamodule.cohort.split_hash,
+    )
+    sweep = plain(config.sweep) if OmegaConf.is_config(config.sweep) else config.sweep
+    axes = read_sweep(sweep, config.sweep_others, model.schema, datamodule.cohort.split("train"))
+    real, records = held_out_set(datamodule, model.preprocessing.channels)
+    samples, further = generated(model, path, config, real, records, seeds)
+    once = samples.first(config.n)  # the others repeat covariates
+    value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
+    rebuilt = reconstructions(model, real.images, value_range)
+    repeated = len(samples) - config.n
+    metrics: dict[str, Any] = {
+        "model_sha256": model.header["tensors_sha256"],
+        "model": describe_model(model),
+        "cohort": datamodule.cohort.name,
+        "simulated": model.header.get("simulated", False),
+        "split_sha256": datamodule.cohort.split_hash,
+        "goals": goals,
+        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
+        "seeds": seeds,
+        "reconstruction": quality(real.images, rebuilt, value_range),
+        "diversity": diversity(model, real.images, rebuilt, real.rows, samples.images, config.n, repeated, value_range),
+        "ms_ssim": within(real, rebuilt, once, further, value_range, config),
+    }
+    if instruments:
+        metrics["fidelity"] = fidelity(instruments, model.schema, real, samples, folder / "figures", further)
+    if axes:
+        metrics["sweep"] = sweeps(axes, model, path, config, instruments, value_range)
+    if network is not None:
+        more = {seed: one.images for seed, one in further.items()}
+        metrics["distances"] = model_distances(
+            network,
+            model,
+            datamodule,
+            real.images,
+            rebuilt,
+            once.images,
+            config.n_ref,
+            config.seed,
+            more,
+            real.subjects,
+        )
+    pictures(model, real, samples, folder / "figures", value_range)
+    keep_curves(config, folder / "figures")
+    metrics = {name: value for name, value in metrics.items() if value is not None}
+    _write_json(folder / "metrics.json", metrics)
+    logger.info("Report: %s", write_report(folder))
+    return metrics
+
+
+def model_cohort(config: DictConfig, model: LatentDiffusionModel, path: Path) -> CohortDataModule:
+    """The cohort that a model was trained on, with the same split.
+
+    Raises:
+        LdmError: the model was imported, or trained on another split.
+    """
     expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
     if datamodule.cohort.split_hash != model.header["split_sha256"]:
@@ -58,69 +123,43 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
             "could be among the held-out ones. Use the same data settings as for training."
         )
-    network = find_features(plain(config.features), model.device)
-    if network is not None:
-        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
-    real, rows, records = held_out(datamodule, model.preprocessing.channels)
-    repeated = min(config.repeats, len(rows))
-    numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
-    asked = [dict(rows[i]) for i in numbers]
+    return datamodule
+
+
+def held_out_set(datamodule: CohortDataModule, channels: Sequence[str]) -> tuple[ImageSet, list[Record]]:
+    """Held-out images with their covariates and subjects, and their records; see :func:`held_out`."""
+    images, rows, records = held_out(datamodule, channels)
+    return ImageSet(images, rows, [record.subject for record in records]), records
+
+
+def generated(
+    model: LatentDiffusionModel,
+    path: Path,
+    config: DictConfig,
+    real: ImageSet,
+    records: Sequence[Record],
+    seeds: Sequence[int],
+) -> tuple[ImageSet, dict[int, ImageSet]]:
+    """``n`` samples of every seed, asked with the covariates of held-out subjects in turn.
+
+    Returns:
+        Those of the first seed, and behind them ``repeats`` more with the covariates of the first subjects; and seed ->
+        those of the others.
+    """
+    folder = Path(config.run_dir)
+    numbers = [i % len(real) for i in range(config.n)] + list(range(min(config.repeats, len(real))))
+    asked = [dict(real.rows[i]) for i in numbers]
+    whose = [real.subjects[i] for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
-    samples = drawn(model, path, folder / "samples", asked, config, inputs, first)
-    once = {name: values[: config.n] for name, values in inputs.items()}
+    first, *others = seeds
+    samples = ImageSet(drawn(model, path, folder / "samples", asked, config, inputs, first), asked, whose)
+    asked, whose = asked[: config.n], whose[: config.n]
+    inputs = {name: values[: config.n] for name, values in inputs.items()}
     further = {
-        seed: drawn(model, path, folder / f"samples_seed{seed}", asked[: config.n], config, once, seed)
+        seed: ImageSet(drawn(model, path, folder / f"samples_seed{seed}", asked, config, inputs, seed), asked, whose)
         for seed in others
     }
-    value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
-    rebuilt = reconstructions(model, real, value_range)
-    metrics: dict[str, Any] = {
-        "model_sha256": model.header["tensors_sha256"],
-        "cohort": datamodule.cohort.name,
-        "simulated": model.header.get("simulated", False),
-        "split_sha256": datamodule.cohort.split_hash,
-        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
-        "seeds": [first, *others],
-        "reconstruction": quality(real, rebuilt, value_range),
-        "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
-    }
-    both = min(config.n, len(real))
-    within = within_sets(
-        {REAL: real[:both], RECONSTRUCTED: rebuilt[:both], SAMPLES: samples[:both]},
-        [record.subject for record in records[:both]],
-        value_range,
-        config.pairs,
-        config.seed,
-        {seed: images[:both] for seed, images in further.items()},
-    )
-    metrics |= {} if within is None else {"ms_ssim": within}
-    instrument = find_instrument(
-        plain(config.data).get("instrument"),
-        datamodule.preprocessing,
-        datamodule.schema,
-        datamodule.cohort.split_hash,
-    )
-    if instrument is not None:
-        metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
-    if network is not None:
-        distances = model_distances(
-            network,
-            model,
-            datamodule,
-            real,
-            rebuilt,
-            samples[: config.n],  # the others repeat covariates
-            config.n_ref,
-            config.seed,
-            further,
-            [record.subject for record in records],
-        )
-        metrics |= {} if distances is None else {"distances": distances}
-    pictures(model, real, rows, samples, asked, folder / "figures", value_range)
-    _write_json(folder / "metrics.json", metrics)
-    report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(config))
-    logger.info("Report: %s", report)
-    return metrics
+    return samples, further
 
 
 def generation_seeds(config: DictConfig) -> list[int]:
@@ -143,11 +182,11 @@ def drawn(
     folder: Path,
     asked: Sequence[Mapping[str, Any]],
     config: DictConfig,
-    inputs: Mapping[str, Sequence[Any]],
-    seed: int,
+    inputs: Mapping[str, Sequence[Any]] | None = None,
+    seed: int | None = None,
 ) -> list[np.ndarray]:
     """Samples ``(C, *S)`` of one seed, written to ``folder`` (those that are there are kept) and read again."""
-    draw(model, path, folder, asked, OmegaConf.merge(config, {"seed": seed}), inputs)
+    draw(model, path, folder, asked, config if seed is None else OmegaConf.merge(config, {"seed": seed}), inputs)
     return [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(asked))]
 
 
@@ -182,7 +221,8 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
     _write_json(folder / "metrics.json", metrics)
-    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances))
+    goal = check_goals(plain(config.goals))["frechet_ratio"]
+    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
     return metrics
 
 
@@ -267,85 +307,80 @@ def diversity(
     return result
 
 
-def fidelity(
-    instrument: Instrument,
+def within(
+    real: ImageSet,
+    rebuilt: Sequence[np.ndarray],
+    samples: ImageSet,
+    further: Mapping[int, ImageSet],
+    value_range: tuple[float, float],
+    config: DictConfig,
+) -> dict[str, Any] | None:
+    """MS-SSIM within as many real images, reconstructions and samples; image i of each belongs to subject i.
+
+    See :func:`ldm.evaluation.diversity.within_sets`.
+    """
+    n = min(len(real), len(samples))
+    sets = {REAL: real.images[:n], RECONSTRUCTED: rebuilt[:n], SAMPLES: samples.images[:n]}
+    more = {seed: one.images[:n] for seed, one in further.items()}
+    return within_sets(sets, real.subjects[:n], value_range, config.pairs, config.seed, more)
+
+
+def sweeps(
+    axes: Sequence[Axis],
     model: LatentDiffusionModel,
-    real: Sequence[np.ndarray],
-    rows: Sequence[dict[str, Any]],
-    samples: Sequence[np.ndarray],
-    asked: Sequence[dict[str, Any]],
-    folder: Path,
+    path: Path,
+    config: DictConfig,
+    instruments: Mapping[str, Instrument],
+    value_range: tuple[float, float],
 ) -> dict[str, Any]:
-    """Agreement of what was asked and measured in samples, and of truth and measurement on real held-out images."""
-    on_real = [instrument(image) for image in track(real, "measuring held-out images")]
-    on_samples = [instrument(image) for image in track(samples, "measuring samples")]
-    result = {}
-    for name in on_real[0]:
-        if name not in model.schema.names:
-            continue
-        compare = compare_levels if model.schema[name].kind == "categorical" else compare_values
-        found = compare(model.schema[name], _pairs(rows, on_real, name), _pairs(asked, on_samples, name), folder)
-        if found is None:
-            logger.warning("%s: too few images could be measured, or all alike.", name)
-            continue
-        result[name] = {**found, "unmeasurable_samples": sum(not _measured(values[name]) for values in on_samples)}
+    """Covariate -> what :func:`ldm.evaluation.sweep.measure_sweep` gives.
+
+    Every value has a folder of its own, so that number k of each starts from the same noise.
+    """
+    folder, result = Path(config.run_dir), {}
+    for axis in axes:
+        name = axis.covariate.name
+        images = [
+            drawn(model, path, folder / f"sweep/{name}/{value:g}", [axis.row(value)] * config.sweep_n, config)
+            for value in axis.values
+        ]
+        shown = {"value_range": value_range, "rgb": model.preprocessing.is_rgb}
+        result[name] = measure_sweep(axis, images, instruments, folder / "figures", **shown)
+        if not result[name]["measured"]:
+            logger.warning("sweep.%s: no instrument measures it; the report only shows the images.", name)
     return result
 
 
-Pairs = tuple[list[Any], list[Any]]  # true or asked values, and the measured ones
-
-
-def compare_values(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
-    """Agreement of a continuous covariate, and a scatter plot each; None where it cannot be had."""
-    (truth, found), (wanted, got) = real, samples
-    if min(len(truth), len(wanted)) < 3 or min(map(np.ptp, (truth, found, wanted, got))) == 0:
-        return None
-    name, unit = covariate.name, covariate.unit or ""
-    figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
-    figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
-    agreements = {"instrument_on_held_out": agreement(truth, found), "samples": agreement(wanted, got)}
-    return {"kind": covariate.kind, "unit": unit, **agreements}
-
-
-def compare_levels(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
-    """Agreement of a categorical covariate; None where no image has it."""
-    shares = {}
-    for name, (wanted, found) in (("instrument_on_held_out", real), ("samples", samples)):
-        if not wanted:
-            return None
-        wanted = [covariate.levels[covariate.level_index(value)] for value in wanted]
-        shares[name] = level_agreement(wanted, found, covariate.levels)
-    return {"kind": covariate.kind, "levels": list(covariate.levels), **shares}
-
-
-def _measured(value: float | str) -> bool:
-    return isinstance(value, str) or bool(np.isfinite(value))
-
-
-def _pairs(rows: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], name: str) -> Pairs:
-    pairs = [
-        (row[name], values[name])
-        for row, values in zip(rows, measured, strict=True)
-        if row.get(name) is not None and _measured(values[name])
-    ]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:
-    """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
+def pictures(
+    model: LatentDiffusionModel, real: ImageSet, samples: ImageSet, folder: Path, value_range: tuple[float, float]
+) -> None:
+    """Mosaics of held-out images, of samples at the same covariates, and of both side by side."""
     shown, rgb = min(SHOWN, len(real), len(samples)), model.preprocessing.is_rgb
-    for name, images, titles in (("real", real, rows), ("samples", samples, asked)):
-        titles = [describe(row) for row in titles[:shown]]
-        figures.mosaic(images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
+    for name, one in (("real", real), ("samples", samples)):
+        titles = [describe(row) for row in one.rows[:shown]]
+        figures.mosaic(one.images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
+    shown, columns = (min(shown, PAIRS_3D), 2) if model.preprocessing.spatial_dims == 3 else (shown, 8)
+    pairs = [image for both in zip(real.images[:shown], samples.images[:shown], strict=True) for image in both]
+    titles = [title for row in real.rows[:shown] for title in (f"real: {describe(row)}", "generated")]
+    figures.mosaic(pairs, folder / "pairs.png", titles, value_range, columns, rgb)
 
 
-def training_curves(config: DictConfig) -> dict[str, Path]:
-    """Curves that the two stages left beside their models."""
-    folders = {"first stage": Path(config.first_stage).parent, "diffusion": Path(config.model).parent}
+def keep_curves(config: DictConfig, folder: Path) -> None:
+    """Copy the curves that the two stages left beside their models into the figures of the evaluation."""
+    for name, trained in CURVES.items():
+        picture = Path(config[trained]).parent / "figures" / "curves.png"
+        if picture.is_file():
+            figures.copy(picture, folder / name)
+
+
+def describe_model(model: LatentDiffusionModel) -> dict[str, Any]:
+    """What the report says of the model."""
     return {
-        name: folder / "figures" / "curves.png"
-        for name, folder in folders.items()
-        if (folder / "figures" / "curves.png").is_file()
+        "parameters": f"{sum(p.numel() for p in model.network.parameters()) / 1e6:.1f} M",
+        "latent": "x".join(map(str, model.latent_shape)),
+        "condition": model.condition_in_words(),
+        "sampling": ", ".join(f"{k} {v}" for k, v in vars(model.defaults).items() if v is not None),
+        "steps": model.header.get("steps", "unknown"),
     }
 
 

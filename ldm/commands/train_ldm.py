@@ -25,7 +25,7 @@ from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.instruments import find_instruments, merged
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
 from ldm.model.build import construct
@@ -361,5 +361,5 @@ def sample_panels(
     records = datamodule.cohort.split("valid")[: config.ldm.val_samples]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
-    measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
-    return SamplePanels(run_dir, rows, config.ldm.val_steps, measure, inputs)
+    found = find_instruments(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    return SamplePanels(run_dir, rows, config.ldm.val_steps, merged(found), inputs)
