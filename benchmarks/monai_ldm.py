@@ -35,7 +35,7 @@ from ldm.commands.main import conf_dir
 from ldm.commands.run import plain
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.evaluation.agreement import agreement
-from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.instruments import find_instruments, merged
 from ldm.training import figures
 from ldm.training.panels import describe
 from ldm.training.vae import psnr
@@ -157,8 +157,8 @@ def main(config: DictConfig) -> None:
     loader = datamodule.train_dataloader()
     autoencoder, vae_steps = train_autoencoder(loader, config.vae_seconds)
     unet, inferer, ldm_steps = train_diffusion(autoencoder, loader, len(datamodule.schema), config.ldm_seconds)
-    instrument = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
-    result = evaluate(autoencoder, unet, inferer, datamodule, instrument, config)
+    found = find_instruments(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    result = evaluate(autoencoder, unet, inferer, datamodule, merged(found), config)
     result |= {"vae_steps": vae_steps, "ldm_steps": ldm_steps, "vae_seconds": config.vae_seconds,
                "ldm_seconds": config.ldm_seconds, "split_sha256": datamodule.cohort.split_hash}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(result, indent=1))

@@ -37,7 +37,7 @@ from ldm.evaluation.distances import (
     prior_images,
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
-from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.instruments import find_instruments, instrument_sections, merged
 from ldm.model import gan, latent_diffusion
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
@@ -115,8 +115,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_entries(entries, datamodule, network)
     subjects = HeldOut.choose(datamodule, entries[0].header["preprocessing"]["channels"], config.n, config.seed)
     measure = build_measure(config, datamodule, network, subjects, folder / "rows")
-    reference = reference_row(measure, entries[0].model, datamodule, config.n_ref, config.seed)
-    rows = measure_rows(measure, entries, subjects, config, folder)
+    chosen = reference_positions(datamodule, config.n_ref, config.seed)
+    reference = reference_row(measure, entries[0].model, datamodule, chosen)
+    rows, train = measure_rows(measure, entries, subjects, config, folder), datamodule.cohort.split("train")
     table = compare(
         reference.features,
         {name: row.features for name, row in rows.items()},
@@ -124,6 +125,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         CONTROL,
         protocol(config, datamodule, network, subjects, len(reference.features)),
         config.seed,
+        controls=[name for name in rows if name.startswith((CONTROL, RECONSTRUCTED, PRIOR))],
+        subjects=[record.subject for record in subjects.records],
+        reference_subjects=[train[position].subject for position in chosen],
     )
     for name, row in rows.items():
         table["rows"][name] |= row.facts
@@ -201,30 +205,39 @@ def build_measure(
 ) -> Measure:
     """What all rows share, and what they are kept under."""
     instrument = plain(config.data).get("instrument")
-    path = (instrument or {}).get("path")
-    found = find_instrument(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
+    found = find_instruments(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
+    paths = [Path(section["path"]) for section in instrument_sections(instrument) if section.get("path")]
     value_range = datamodule.preprocessing.value_range
     if value_range is None:
         value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))
     key = {
         "features": network.identity["sha256"],
-        "instrument": None if found is None else instrument,
-        "instrument_sha256": read_header(path)["tensors_sha256"] if path and found is not None else None,
+        "instrument": instrument if found else None,
+        "instrument_sha256": " ".join(read_header(path)["tensors_sha256"] for path in paths if path.is_file()) or None,
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "split": datamodule.cohort.split_hash,
         "records": content_hash(datamodule.cohort.records),
         "subjects": [record.id for record in subjects.records],
         "seed": config.seed,
     }
-    return Measure(network, found, datamodule.schema, subjects.rows, value_range, folder, key)
+    return Measure(network, merged(found), datamodule.schema, subjects.rows, value_range, folder, key)
 
 
-def reference_row(measure: Measure, model: Generative, datamodule: CohortDataModule, n_ref: int, seed: int) -> Row:
-    """The training images that all rows are measured against."""
-    train = datamodule.dataset("train")
-    chosen = np.random.default_rng(seed).permutation(len(train))[:n_ref]
+def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> np.ndarray:
+    """Positions in the training split of the images that all rows are measured against.
+
+    Raises:
+        LdmError: there are too few.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(datamodule.dataset("train")))[:n_ref]
     if len(chosen) < SMALLEST:
         raise LdmError(f"A comparison needs {SMALLEST} training images and n_ref of at least as many.")
+    return chosen
+
+
+def reference_row(measure: Measure, model: Generative, datamodule: CohortDataModule, chosen: np.ndarray) -> Row:
+    """The training images that all rows are measured against."""
+    train = datamodule.dataset("train")
     channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
 
     def images() -> list[np.ndarray]:

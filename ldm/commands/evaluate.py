@@ -11,25 +11,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from ldm.commands.run import plain
-from ldm.commands.sample import draw, load_model
+from ldm.commands.sample import draw, load_model, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.data.images import read
-from ldm.data.schema import Covariate
 from ldm.errors import LdmError
-from ldm.evaluation.agreement import agreement, level_agreement
+from ldm.evaluation import masks
 from ldm.evaluation.distances import model_distances
-from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import check_features, find_features
+from ldm.evaluation.fidelity import ImageSet, fidelity
 from ldm.evaluation.folders import folder_distances
-from ldm.evaluation.instruments import Instrument, find_instrument
-from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter
+from ldm.evaluation.goals import check_goals
+from ldm.evaluation.instruments import Instrument, find_instruments
+from ldm.evaluation.masks import mask_dice, mask_segmenter
 from ldm.evaluation.report import write_folder_report, write_report
+from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
 from ldm.model.output import image_paths, in_model_space, sample_name
@@ -40,7 +42,13 @@ from ldm.training.vae import psnr
 logger = logging.getLogger(__name__)
 
 SHOWN = 16
-MASK_ROWS = {"samples": SAMPLES, "held-out images": HELD_OUT, "reconstructions": REBUILT, "chance": CHANCE}
+MASK_ROWS = {
+    "samples": masks.SAMPLES,
+    "held-out images": masks.HELD_OUT,
+    "reconstructions": masks.REBUILT,
+    "chance": masks.CHANCE,
+}
+PAIRS_3D = 8  # a volume takes three planes
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -50,12 +58,79 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
-    folder = Path(config.run_dir)
+    folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(plain(config.goals))
     model, path = load_model(config)
     if model.classes is not None:
         raise LdmError(
             f"{path} generates label maps; measure them with ldm segment evaluate=true, see ldm segment --help."
         )
+    datamodule = model_cohort(config, model, path)
+    network = find_features(plain(config.features), model.device)
+    if network is not None:
+        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
+    instruments = find_instruments(
+        plain(config.data).get("instrument"),
+        datamodule.preprocessing,
+        datamodule.schema,
+        datamodule.cohort.split_hash,
+    )
+    sweep = plain(config.sweep) if OmegaConf.is_config(config.sweep) else config.sweep
+    axes = read_sweep(sweep, config.sweep_others, model.schema, datamodule.cohort.split("train"))
+    real, records = held_out_set(datamodule, model.preprocessing.channels)
+    samples, further = generated(model, path, config, real, records, seeds)
+    once = samples.first(config.n)  # the others repeat covariates
+    value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
+    rebuilt = reconstructions(model, real.images, real.rows, value_range) if model.reconstructs else None
+    repeated = len(samples) - config.n
+    metrics: dict[str, Any] = {
+        "model_sha256": model.header["tensors_sha256"],
+        "model": describe_model(model, config),
+        "cohort": datamodule.cohort.name,
+        "simulated": model.header.get("simulated", False),
+        "split_sha256": datamodule.cohort.split_hash,
+        "goals": goals,
+        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
+        "seeds": seeds,
+        "reconstruction": None if rebuilt is None else quality(real.images, rebuilt, value_range),
+        "diversity": diversity(model, real.images, rebuilt, real.rows, samples.images, config.n, repeated, value_range),
+        "ms_ssim": within(real, rebuilt, once, further, value_range, config),
+    }
+    if instruments:
+        metrics["fidelity"] = fidelity(instruments, model.schema, real, samples, folder / "figures", further)
+    if "mask" in model.header.get("conditioners", {}):
+        subjects = [i % len(real) for i in range(config.n)]
+        metrics["mask_dice"] = mask_agreement(config, model, records, real.images, rebuilt, once.images, subjects)
+    if axes:
+        metrics["sweep"] = sweeps(axes, model, path, config, instruments, value_range)
+    if network is not None:
+        more = {seed: one.images for seed, one in further.items()}
+        metrics["distances"] = model_distances(
+            network,
+            model,
+            datamodule,
+            real.images,
+            rebuilt,
+            once.images,
+            config.n_ref,
+            config.seed,
+            more,
+            real.subjects,
+        )
+    pictures(model, real, samples, folder / "figures", value_range)
+    keep_curves(model, config, folder / "figures")
+    keep_audit(model, config, folder)
+    metrics = {name: value for name, value in metrics.items() if value is not None}
+    _write_json(folder / "metrics.json", metrics)
+    logger.info("Report: %s", write_report(folder))
+    return metrics
+
+
+def model_cohort(config: DictConfig, model: Generative, path: Path) -> CohortDataModule:
+    """The cohort that a model was trained on, with the same split.
+
+    Raises:
+        LdmError: the model was imported, or trained on another split.
+    """
     expect_a_split(model, path)
     datamodule = prepared(cohort_datamodule(config))
     if datamodule.cohort.split_hash != model.header["split_sha256"]:
@@ -63,47 +138,71 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
             "could be among the held-out ones. Use the same data settings as for training."
         )
-    network = find_features(plain(config.features), model.device)
-    if network is not None:
-        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
-    real, rows, records = held_out(datamodule, model.preprocessing.channels)
-    repeated = min(config.repeats, len(rows))
-    numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
-    asked = [dict(rows[i]) for i in numbers]
+    return datamodule
+
+
+def held_out_set(datamodule: CohortDataModule, channels: Sequence[str]) -> tuple[ImageSet, list[Record]]:
+    """Held-out images with their covariates and subjects, and their records; see :func:`held_out`."""
+    images, rows, records = held_out(datamodule, channels)
+    return ImageSet(images, rows, [record.subject for record in records]), records
+
+
+def generated(
+    model: Generative,
+    path: Path,
+    config: DictConfig,
+    real: ImageSet,
+    records: Sequence[Record],
+    seeds: Sequence[int],
+) -> tuple[ImageSet, dict[int, ImageSet]]:
+    """``n`` samples of every seed, asked with the covariates of held-out subjects in turn.
+
+    Returns:
+        Those of the first seed, and behind them ``repeats`` more with the covariates of the first subjects; and seed ->
+        those of the others.
+    """
+    folder = Path(config.run_dir)
+    numbers = [i % len(real) for i in range(config.n)] + list(range(min(config.repeats, len(real))))
+    asked = [dict(real.rows[i]) for i in numbers]
+    whose = [real.subjects[i] for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
-    draw(model, path, folder / "samples", asked, config, inputs)
-    samples = [read_sample(model, image_paths(model, folder / "samples", sample_name(i))) for i in range(len(asked))]
-    value_range = model.preprocessing.value_range or (float(real[0].min()), float(real[0].max()))
-    rebuilt = reconstructions(model, real, rows, value_range) if model.reconstructs else None
-    metrics: dict[str, Any] = {
-        "model_sha256": model.header["tensors_sha256"],
-        "cohort": datamodule.cohort.name,
-        "simulated": model.header.get("simulated", False),
-        "split_sha256": datamodule.cohort.split_hash,
-        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
-        **({} if rebuilt is None else {"reconstruction": quality(real, rebuilt, value_range)}),
-        "diversity": diversity(model, real, rebuilt, rows, samples, config.n, repeated, value_range),
+    first, *others = seeds
+    samples = ImageSet(drawn(model, path, folder / "samples", asked, config, inputs, first), asked, whose)
+    asked, whose = asked[: config.n], whose[: config.n]
+    inputs = {name: values[: config.n] for name, values in inputs.items()}
+    further = {
+        seed: ImageSet(drawn(model, path, folder / f"samples_seed{seed}", asked, config, inputs, seed), asked, whose)
+        for seed in others
     }
-    instrument = find_instrument(
-        plain(config.data).get("instrument"),
-        datamodule.preprocessing,
-        datamodule.schema,
-        datamodule.cohort.split_hash,
-    )
-    if instrument is not None:
-        metrics["fidelity"] = fidelity(instrument, model, real, rows, samples, asked, folder / "figures")
-    if "mask" in inputs:
-        subjects = numbers[: config.n]  # the others repeat a map
-        metrics["mask_dice"] = mask_agreement(config, model, records, real, rebuilt, samples[: config.n], subjects)
-    if network is not None:
-        drawn = samples[: config.n]  # the others repeat covariates
-        distances = model_distances(network, model, datamodule, real, rebuilt, drawn, config.n_ref, config.seed)
-        metrics |= {} if distances is None else {"distances": distances}
-    pictures(model, real, rows, samples, asked, folder / "figures", value_range)
-    _write_json(folder / "metrics.json", metrics)
-    report = write_report(folder / "report.html", model, metrics, folder / "figures", training_curves(model, config))
-    logger.info("Report: %s", report)
-    return metrics
+    return samples, further
+
+
+def generation_seeds(config: DictConfig) -> list[int]:
+    """Seeds of the noise that samples are drawn with: ``seeds``, or ``seed`` alone.
+
+    Raises:
+        LdmError: no list of different whole numbers.
+    """
+    seeds = plain(config.seeds) if OmegaConf.is_config(config.seeds) else config.seeds
+    seeds = [config.seed] if seeds is None else seeds
+    legal = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not legal or not seeds or len(set(seeds)) < len(seeds):
+        raise LdmError(f"seeds is {seeds}; legal: a list of different whole numbers, e.g. [0,1,2].")
+    return seeds
+
+
+def drawn(
+    model: Generative,
+    path: Path,
+    folder: Path,
+    asked: Sequence[Mapping[str, Any]],
+    config: DictConfig,
+    inputs: Mapping[str, Sequence[Any]] | None = None,
+    seed: int | None = None,
+) -> list[np.ndarray]:
+    """Samples ``(C, *S)`` of one seed, written to ``folder`` (those that are there are kept) and read again."""
+    draw(model, path, folder, asked, config if seed is None else OmegaConf.merge(config, {"seed": seed}), inputs)
+    return [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(asked))]
 
 
 def expect_a_split(model: Generative, path: Path) -> None:
@@ -137,7 +236,8 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
     _write_json(folder / "metrics.json", metrics)
-    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances))
+    goal = check_goals(plain(config.goals))["frechet_ratio"]
+    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
     return metrics
 
 
@@ -223,28 +323,48 @@ def diversity(
     return result
 
 
-def fidelity(
-    instrument: Instrument,
+def within(
+    real: ImageSet,
+    rebuilt: Sequence[np.ndarray] | None,
+    samples: ImageSet,
+    further: Mapping[int, ImageSet],
+    value_range: tuple[float, float],
+    config: DictConfig,
+) -> dict[str, Any] | None:
+    """MS-SSIM within as many real images, reconstructions and samples; image i of each belongs to subject i.
+
+    See :func:`ldm.evaluation.diversity.within_sets`.
+    """
+    n = min(len(real), len(samples))
+    reconstructed = {} if rebuilt is None else {RECONSTRUCTED: rebuilt[:n]}
+    sets = {REAL: real.images[:n], **reconstructed, SAMPLES: samples.images[:n]}
+    more = {seed: one.images[:n] for seed, one in further.items()}
+    return within_sets(sets, real.subjects[:n], value_range, config.pairs, config.seed, more)
+
+
+def sweeps(
+    axes: Sequence[Axis],
     model: Generative,
-    real: Sequence[np.ndarray],
-    rows: Sequence[dict[str, Any]],
-    samples: Sequence[np.ndarray],
-    asked: Sequence[dict[str, Any]],
-    folder: Path,
+    path: Path,
+    config: DictConfig,
+    instruments: Mapping[str, Instrument],
+    value_range: tuple[float, float],
 ) -> dict[str, Any]:
-    """Agreement of what was asked and measured in samples, and of truth and measurement on real held-out images."""
-    on_real = [instrument(image) for image in track(real, "measuring held-out images")]
-    on_samples = [instrument(image) for image in track(samples, "measuring samples")]
-    result = {}
-    for name in on_real[0]:
-        if name not in model.schema.names:
-            continue
-        compare = compare_levels if model.schema[name].kind == "categorical" else compare_values
-        found = compare(model.schema[name], _pairs(rows, on_real, name), _pairs(asked, on_samples, name), folder)
-        if found is None:
-            logger.warning("%s: too few images could be measured, or all alike.", name)
-            continue
-        result[name] = {**found, "unmeasurable_samples": sum(not _measured(values[name]) for values in on_samples)}
+    """Covariate -> what :func:`ldm.evaluation.sweep.measure_sweep` gives.
+
+    Every value has a folder of its own, so that number k of each starts from the same noise.
+    """
+    folder, result = Path(config.run_dir), {}
+    for axis in axes:
+        name = axis.covariate.name
+        images = [
+            drawn(model, path, folder / f"sweep/{name}/{value:g}", [axis.row(value)] * config.sweep_n, config)
+            for value in axis.values
+        ]
+        shown = {"value_range": value_range, "rgb": model.preprocessing.is_rgb}
+        result[name] = measure_sweep(axis, images, instruments, folder / "figures", **shown)
+        if not result[name]["measured"]:
+            logger.warning("sweep.%s: no instrument measures it; the report only shows the images.", name)
     return result
 
 
@@ -253,7 +373,7 @@ def mask_agreement(
     model: Generative,
     records: Sequence[Record],
     real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray] | None,
     samples: Sequence[np.ndarray],
     subjects: Sequence[int],
 ) -> dict[str, Any]:
@@ -266,70 +386,74 @@ def mask_agreement(
     except LdmError as error:
         logger.warning("No Dice of asked and found label maps: %s", error)
         return {"left_out": str(error)}
-    masks = [recipe.read_labels(record.labels) for record in records]  # (*S) each
-    found = mask_dice(segmenter, masks, real, rebuilt, samples, subjects, config.seed)
+    asked = [recipe.read_labels(record.labels) for record in records]  # (*S) each
+    found = mask_dice(segmenter, asked, real, rebuilt, samples, subjects, config.seed)
     for label, rows in found["labels"].items():
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))
     return {**found, "segmenter_sha256": read_header(path)["tensors_sha256"]}
 
 
-Pairs = tuple[list[Any], list[Any]]  # true or asked values, and the measured ones
+def pictures(
+    model: Generative, real: ImageSet, samples: ImageSet, folder: Path, value_range: tuple[float, float]
+) -> None:
+    """Mosaics of held-out images, of samples at the same covariates, and of both side by side.
+
+    Cases are evenly spaced: a table is often sorted.
+    """
+    rgb, volumes, count = (
+        model.preprocessing.is_rgb,
+        model.preprocessing.spatial_dims == 3,
+        min(len(real), len(samples)),
+    )
+    for name, one in (("real", real), ("samples", samples)):
+        shown = [one.images[case] for case in evenly(count, SHOWN)]
+        titles = [describe(one.rows[case]) for case in evenly(count, SHOWN)]
+        figures.mosaic(shown, folder / f"{name}.png", titles, value_range, rgb=rgb)
+    cases, columns = (evenly(count, PAIRS_3D), 2) if volumes else (evenly(count, SHOWN), 8)
+    pairs = [image for case in cases for image in (real.images[case], samples.images[case])]
+    titles = [title for case in cases for title in (f"real: {describe(real.rows[case])}", "generated")]
+    figures.mosaic(pairs, folder / "pairs.png", titles, value_range, columns, rgb)
 
 
-def compare_values(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
-    """Agreement of a continuous covariate, and a scatter plot each; None where it cannot be had."""
-    (truth, found), (wanted, got) = real, samples
-    if min(len(truth), len(wanted)) < 3 or min(map(np.ptp, (truth, found, wanted, got))) == 0:
-        return None
-    name, unit = covariate.name, covariate.unit or ""
-    figures.scatter(truth, found, f"{name}: held-out images", unit, folder / f"measured_real_{name}.png")
-    figures.scatter(wanted, got, f"{name}: samples", unit, folder / f"measured_samples_{name}.png")
-    agreements = {"instrument_on_held_out": agreement(truth, found), "samples": agreement(wanted, got)}
-    return {"kind": covariate.kind, "unit": unit, **agreements}
+def evenly(count: int, most: int) -> list[int]:
+    """Positions evenly spaced over ``count``: all, or ``most`` of them."""
+    shown = min(count, most)
+    return [case * count // shown for case in range(shown)]
 
 
-def compare_levels(covariate: Covariate, real: Pairs, samples: Pairs, folder: Path) -> dict[str, Any] | None:
-    """Agreement of a categorical covariate; None where no image has it."""
-    shares = {}
-    for name, (wanted, found) in (("instrument_on_held_out", real), ("samples", samples)):
-        if not wanted:
-            return None
-        wanted = [covariate.levels[covariate.level_index(value)] for value in wanted]
-        shares[name] = level_agreement(wanted, found, covariate.levels)
-    return {"kind": covariate.kind, "levels": list(covariate.levels), **shares}
-
-
-def _measured(value: float | str) -> bool:
-    return isinstance(value, str) or bool(np.isfinite(value))
-
-
-def _pairs(rows: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], name: str) -> Pairs:
-    pairs = [
-        (row[name], values[name])
-        for row, values in zip(rows, measured, strict=True)
-        if row.get(name) is not None and _measured(values[name])
-    ]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:
-    """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
-    shown, rgb = min(SHOWN, len(real), len(samples)), model.preprocessing.is_rgb
-    for name, images, titles in (("real", real, rows), ("samples", samples, asked)):
-        titles = [describe(row) for row in titles[:shown]]
-        figures.mosaic(images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
-
-
-def training_curves(model: Generative, config: DictConfig) -> dict[str, Path]:
-    """Curves that the trainings left beside their models."""
-    folders = {model.what: Path(config.model).parent}
+def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:
+    """Copy the curves that trainings left beside their models into the figures of the evaluation."""
+    trained = {"curves_model.png": config.model}
     if hasattr(model, "first_stage"):
-        folders = {"first stage": Path(config.first_stage).parent, **folders}
+        trained["curves_first_stage.png"] = config.first_stage
+    for name, path in trained.items():
+        picture = Path(path).parent / "figures" / "curves.png"
+        if picture.is_file():
+            figures.copy(picture, folder / name)
+
+
+def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
+    """Copy what ``ldm audit`` found of the same model, if it was run, so that the report has it; never another's."""
+    if config.audit is None or not Path(config.audit).is_file():
+        return
+    content = json.loads(Path(config.audit).read_text())
+    if content.get("model_sha256") == model.header["tensors_sha256"]:
+        _write_json(folder / "audit.json", content)
+    else:
+        logger.warning("%s is not of this model (ldm audit): it is not in the report.", config.audit)
+
+
+def describe_model(model: Generative, config: DictConfig) -> dict[str, Any]:
+    """What the report says of the model, and how it was sampled."""
+    sampling = {**vars(model.defaults), **sampling_options(config)}
     return {
-        name: folder / "figures" / "curves.png"
-        for name, folder in folders.items()
-        if (folder / "figures" / "curves.png").is_file()
+        "kind": model.what,
+        "parameters": f"{sum(p.numel() for p in model.network.parameters()) / 1e6:.1f} M",
+        "latent": "x".join(map(str, model.latent_shape)),
+        "condition": model.condition_in_words(),
+        "sampling": ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None) or "one network call",
+        "steps": model.header.get("steps", "unknown"),
     }
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.errors import LdmError, nearest
 
 # mappings whose names are the user's, or depend on their kind
-FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models")
+FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models", "sweep")
 
 
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:

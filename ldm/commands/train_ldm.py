@@ -26,7 +26,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.instruments import find_instruments, merged
 from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
 from ldm.latents.encode import CohortEncoder
 from ldm.latents.space import LatentSpace
@@ -389,8 +389,8 @@ def panels(
     records = [valid[case * len(valid) // shown] for case in range(shown)]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
-    measure = find_instrument(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
-    return SamplePanels(run_dir, rows, config.ldm.val_steps, measure, inputs)
+    found = find_instruments(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    return SamplePanels(run_dir, rows, config.ldm.val_steps, merged(found), inputs)
 
 
 def segmentation_panels(

@@ -9,14 +9,22 @@ from statistics import NormalDist
 import numpy as np
 
 from ldm.errors import LdmError, nearest
+from ldm.evaluation.repeats import percentiles, resampled_subjects
 
 
-def agreement(asked: Sequence[float], measured: Sequence[float], seed: int = 0, resamples: int = 2000) -> dict:
+def agreement(
+    asked: Sequence[float],
+    measured: Sequence[float],
+    seed: int = 0,
+    resamples: int = 2000,
+    subjects: Sequence[str] | None = None,
+) -> dict:
     """How well `measured` follows `asked` (both (N,), same unit).
 
     Returns `r` (Pearson), `slope` and `intercept` of the least-squares line of measured on asked, `mae` (mean
-    absolute difference, in the unit given), `n`, and `r_interval` and `slope_interval`: 95 % percentile bootstrap
-    intervals over subjects (Efron & Tibshirani, 1993, chapter 13), the same for the same `seed`.
+    absolute difference, in the unit given), `bias` (mean of measured minus asked), `n`, and `r_interval`,
+    `slope_interval` and `mae_interval`: 95 % percentile bootstrap intervals over subjects (Efron & Tibshirani, 1993,
+    chapter 13), the same for the same `seed`. `subjects` (N,) says whose each pair is; None is another one each.
 
     Raises LdmError if the lengths differ, there are fewer than 3 pairs, a value is not finite, or one side is
     constant.
@@ -31,30 +39,37 @@ def agreement(asked: Sequence[float], measured: Sequence[float], seed: int = 0, 
             raise LdmError(f"agreement: {name} holds {(~np.isfinite(values)).sum()} values that are not finite.")
         if np.ptp(values) == 0:
             raise LdmError(f"agreement: {name} is {values[0]:g} throughout; agreement needs values that differ.")
-    r, slope = (float(v[0]) for v in _line(x[None], y[None]))
-    rows = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
-    intervals = [_interval(values) for values in _line(x[rows], y[rows])]
+    r, slope, mae = (float(v[0]) for v in _statistics(x, y, np.ones((1, len(x)))))
+    weights = resampled_subjects(range(len(x)) if subjects is None else subjects, resamples, seed)  # (R, N)
+    intervals = [percentiles(values) for values in _statistics(x, y, weights)]
     return {
         "r": r,
         "slope": slope,
         "intercept": float(y.mean() - slope * x.mean()),
-        "mae": float(np.abs(y - x).mean()),
+        "mae": mae,
+        "bias": float((y - x).mean()),
         "n": len(x),
         "r_interval": intervals[0],
         "slope_interval": intervals[1],
+        "mae_interval": intervals[2],
     }
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pearson's r and least-squares slope along the last axis of (R, N); NaN where a row is constant."""
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    xx, yy, xy = (x * x).sum(-1), (y * y).sum(-1), (x * y).sum(-1)
+def correlations(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson's r and the least-squares slope of pairs (N,) with weights (R, N); (R,) each.
+
+    NaN where all pairs of some weight have one x (or, for r, one y).
+    """
+    total = weights.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = x - (weights @ x / total)[:, None], y - (weights @ y / total)[:, None]  # (R, N)
+        xx, yy, xy = ((weights * product).sum(1) for product in (x * x, y * y, x * y))
         return xy / np.sqrt(xx * yy), xy / xx
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
+def _statistics(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """r, slope and mean absolute error, (R,) each."""
+    return *correlations(x, y, weights), weights @ np.abs(y - x) / weights.sum(1)
 
 
 def level_agreement(asked: Sequence[str], found: Sequence[str], levels: Sequence[str]) -> dict:

@@ -28,7 +28,7 @@ from ldm.model.file import read_header, read_tensors, write_model
 KIND = "comparison_row"
 HEADINGS = (
     "Fréchet distance (95 %)",
-    "over the floor",
+    "over the floor (95 %)",
     "KID (95 %)",
     "precision",
     "recall",
@@ -149,27 +149,27 @@ def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown, with what the numbers depend on below it.
 
     Args:
-        table: ``rows`` (name -> distances and facts), ``floor``, ``control``, ``control_is_worse`` and ``protocol``.
+        table: ``rows`` (name -> distances and facts) and the rest of :func:`ldm.evaluation.distances.compare`.
     """
     protocol = table["protocol"]
     lines = [f"# {protocol['cohort']}: {protocol['n']} images a row", "", f"| | {' | '.join(HEADINGS)} |"]
     lines.append("|---|" + "---|" * len(HEADINGS))
     for name, row in table["rows"].items():
-        mark = {table["floor"]: " (floor)", table["control"]: " (control)"}.get(name, "")
+        mark = " (floor)" if name == table["floor"] else " (control)" if name in table["controls"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(_cells(row))} |")
     lines += ["", "Every number depends on all of this; compare rows of this table, not tables.", ""]
     lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items()]
-    if not table["control_is_worse"]:
-        lines += ["", "The Fréchet distance does not tell the control from real images: it says nothing of the others."]
+    for metric, names in table["untrusted"].items():
+        lines += ["", f"{metric} cannot be trusted here: it ranks {' and '.join(names)} above real images."]
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     spread_of, seconds = row.get("spread"), row.get("seconds_a_sample")
-    ratio = "n/a" if row["frechet_ratio"] is None else f"{row['frechet_ratio']:.2f}"
+    ratio, interval = row["frechet_ratio"], row["frechet_ratio_interval"]
     return [
         _with_interval(row["frechet"], row["frechet_interval"]),
-        ratio,
+        "n/a" if ratio is None else _with_interval(ratio, interval),
         _with_interval(row["kid"], row["kid_interval"]),
         f"{row['precision']:.2f}",
         f"{row['recall']:.2f}",

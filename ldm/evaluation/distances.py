@@ -3,7 +3,7 @@
 A Fréchet distance or a KID alone says nothing: it depends on the features, the number of images, the reference, the
 intensities and the size. So every set is measured at the same n against the same reference, beside two yardsticks, real
 images that nothing was trained on (the floor) and the same blurred (the control), and the protocol stands beside the
-numbers.
+numbers. A metric that ranks any of the controls above real images is named as one that cannot be trusted here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from scipy.ndimage import gaussian_filter
 from ldm.data.datamodule import CohortDataModule
 from ldm.diffusion import noise
 from ldm.evaluation.features import FeatureNetwork, extract
+from ldm.evaluation.repeats import spread_over_seeds
 from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_interval
 from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd
 from ldm.metrics.neighbours import precision_recall_density_coverage
+from ldm.metrics.ratio import frechet_ratios
 from ldm.model.file import package_versions
 from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
@@ -41,6 +43,10 @@ CONTROL = "held-out images, blurred"
 RECONSTRUCTED = "held-out images, reconstructed"
 PRIOR = "first stage alone: decoded draws of N(0, I)"
 SAMPLES = "samples of the model"
+FURTHER = "samples, seed {}"
+
+# which way is better, of every metric of a row
+BETTER = {"frechet": -1, "kid": -1, "mmd": -1, "precision": 1, "recall": 1, "density": 1, "coverage": 1}
 
 
 def model_distances(
@@ -52,6 +58,8 @@ def model_distances(
     samples: Sequence[np.ndarray],
     n_ref: int = 1000,
     seed: int = 0,
+    further: Mapping[int, Sequence[np.ndarray]] | None = None,
+    subjects: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
     """What ``metrics.json`` holds under ``distances`` for a model and the held-out images of its cohort.
 
@@ -67,6 +75,8 @@ def model_distances(
         samples: asked with the covariates of ``real`` in turn.
         n_ref: size of the reference.
         seed: of the reference, the draws and the resamples.
+        further: seed -> samples asked alike, drawn with other noise; a row each, and the spread over all seeds.
+        subjects: whose each of ``real`` is; None is another subject each.
 
     Returns:
         None, with a warning, when there are too few images.
@@ -88,7 +98,10 @@ def model_distances(
     if isinstance(getattr(model, "first_stage", None), AutoencoderKL):
         sets[PRIOR] = map(written, prior_images(model, n, seed))
     sets[SAMPLES] = samples[:n]
-    return compare(
+    again = {FURTHER.format(number): images for number, images in (further or {}).items()}
+    sets |= {name: images[:n] for name, images in again.items()}
+    records = datamodule.cohort.split("train")
+    result = compare(
         extract(network, reference),
         {name: extract(network, images) for name, images in sets.items()},
         FLOOR,
@@ -102,7 +115,13 @@ def model_distances(
             "value_range": None if model.preprocessing.value_range is None else list(model.preprocessing.value_range),
         },
         seed,
+        controls=[name for name in (CONTROL, RECONSTRUCTED, PRIOR) if name in sets],
+        subjects=None if subjects is None else subjects[:n],
+        reference_subjects=[records[position].subject for position in chosen],
     )
+    if again:
+        result["seeds"] = over_seeds([result["rows"][name] for name in (SAMPLES, *again)])
+    return result
 
 
 def compare(
@@ -112,6 +131,9 @@ def compare(
     control: str,
     protocol: Mapping[str, Any],
     seed: int = 0,
+    controls: Sequence[str] = (),
+    subjects: Sequence[str] | None = None,
+    reference_subjects: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Distances of every set from the reference.
 
@@ -122,10 +144,14 @@ def compare(
         control: the set of worse images.
         protocol: what is known beside the features.
         seed: of the resamples.
+        controls: all sets that are worse than real images in a known way; ``control`` alone if none are named.
+        subjects: whose image i of every set is, or was made after; None is another subject each.
+        reference_subjects: the same for the reference.
 
     Returns:
-        ``rows``: name -> numbers; ``floor``, ``control``: which rows these are; ``control_is_worse``: whether the
-        Fréchet distance sees what is wrong with the control, without which it says nothing; ``protocol``.
+        ``rows``: name -> numbers; ``floor``, ``control``, ``controls``: which rows these are; ``control_is_worse``:
+        whether the Fréchet distance sees what is wrong with the control, without which it says nothing; ``untrusted``:
+        metric -> the controls that it ranks above the floor; ``protocol``.
 
     Raises:
         LdmError: a set has fewer than 3 images, or features are not finite or all alike.
@@ -134,18 +160,32 @@ def compare(
     axes, reduction = principal_directions(reference, n)
     bandwidth = median_distance(reference)
     rows = {name: _row(reference, features[:n], axes, bandwidth, seed) for name, features in sets.items()}
-    unit = rows[floor]["frechet"]
-    for row in rows.values():
-        row["frechet_ratio"] = row["frechet"] / unit if unit > 0 else None
+    ratios = frechet_ratios(
+        reference @ axes,
+        {name: features[:n] @ axes for name, features in sets.items()},
+        floor,
+        None if subjects is None else subjects[:n],
+        reference_subjects,
+    )
+    for name, ratio in ratios.pop("ratios").items():
+        rows[name]["frechet_ratio"] = None if ratio is None else ratio["value"]
+        rows[name]["frechet_ratio_interval"] = None if ratio is None else ratio["interval"]
+    controls = list(controls) or [control]
     return {
         "rows": rows,
         "floor": floor,
         "control": control,
-        "control_is_worse": rows[control]["frechet"] > unit,
+        "controls": controls,
+        "control_is_worse": rows[control]["frechet"] > rows[floor]["frechet"],
+        "untrusted": untrusted(rows, floor, controls),
         "protocol": {
             **protocol,
             "n": n,
             "frechet": reduction,
+            "frechet_ratio": {
+                **ratios,
+                "interval": "95 %, jackknife over subjects, all sets and the reference at once",
+            },
             "frechet_interval": "95 %, 200 bootstrap resamples of both sets, centred on the distance",
             "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval of the jackknife over both sets",
             "mmd": {"kernel": "Gaussian, unbiased", "bandwidth": bandwidth},
@@ -172,6 +212,21 @@ def _row(reference: np.ndarray, features: np.ndarray, axes: np.ndarray, bandwidt
         # As many reference images as there are others: what a ball holds depends on how dense its set is.
         **precision_recall_density_coverage(reference[:n], features, min(NEIGHBOURS, n - 1)),
     }
+
+
+def untrusted(rows: Mapping[str, Mapping[str, Any]], floor: str, controls: Sequence[str]) -> dict[str, list[str]]:
+    """Metrics that call images known to be worse better than real ones: metric -> these images."""
+    above = {
+        metric: [name for name in controls if sign * rows[name][metric] > sign * rows[floor][metric]]
+        for metric, sign in BETTER.items()
+    }
+    return {metric: names for metric, names in above.items() if names}
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metric -> ``values``, their ``mean`` and standard deviation ``std`` over repeated generation."""
+    names = [name for name in (*BETTER, "frechet_ratio") if all(row[name] is not None for row in rows)]
+    return {name: spread_over_seeds([row[name] for row in rows]) for name in names}
 
 
 def principal_directions(reference: np.ndarray, n: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -27,6 +27,48 @@ SHARED = ("spatial_dims", "orientation", "spacing", "intensity", "channels")  # 
 Instrument = Callable[[np.ndarray], dict[str, float | str]]
 
 
+Sections = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # of ``data.instrument``
+
+
+def instrument_sections(config: Sections) -> list[Mapping[str, Any]]:
+    """The sections of ``data.instrument``, which is one, a list of them, or None."""
+    return [] if config is None else [config] if isinstance(config, Mapping) else list(config)
+
+
+def find_instruments(
+    config: Sections,
+    preprocessing: Preprocessing,
+    schema: CovariateSchema,
+    split_sha256: str | None = None,
+) -> dict[str, Instrument]:
+    """Title -> instrument of a ``data.instrument`` section, which may be a list; see :func:`find_instrument`.
+
+    The title is the kind, numbered where a kind comes several times.
+    """
+    found: dict[str, Instrument] = {}
+    for section in instrument_sections(config):
+        instrument = find_instrument(section, preprocessing, schema, split_sha256)
+        if instrument is None:
+            continue
+        before = sum(title.split(" ")[0] == section["kind"] for title in found)
+        found[f"{section['kind']} {before + 1}" if before else section["kind"]] = instrument
+    return found
+
+
+def merged(instruments: Mapping[str, Instrument]) -> Instrument | None:
+    """One instrument that measures what several do; of a covariate that more than one measures, the first's value."""
+    if not instruments:
+        return None
+
+    def measure(image: np.ndarray) -> dict[str, float | str]:
+        found: dict[str, float | str] = {}
+        for instrument in instruments.values():
+            found = {**instrument(image), **found}
+        return found
+
+    return measure
+
+
 def find_instrument(
     config: Mapping[str, Any] | None,
     preprocessing: Preprocessing,
@@ -54,9 +96,12 @@ def find_instrument(
     """
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        raise LdmError(f"data.instrument holds {config!r}; each instrument is a mapping, e.g. {{kind: ventricles}}.")
     kind = config.get("kind")
     if kind not in KINDS:
-        raise LdmError(f"data.instrument.kind '{kind}' is unknown; legal: {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+        hint = nearest(str(kind), KINDS)
+        raise LdmError(f"data.instrument.kind '{kind}' is unknown; legal: {', '.join(KINDS)}.{hint}")
     for key in config:
         if key not in KEYS:
             raise LdmError(f"data.instrument.{key} is not a setting.{nearest(key, KEYS)} Legal: {', '.join(KEYS)}.")

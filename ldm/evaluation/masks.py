@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.progress import track
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import unlike
+from ldm.evaluation.instruments import Sections, instrument_sections, unlike
 from ldm.metrics.overlap import dice_per_class
 from ldm.model.segmenter import Segmenter
 
@@ -31,13 +31,11 @@ PROTOCOL = {
 }
 
 
-def mask_segmenter(
-    config: Mapping[str, Any] | None, classes: LabelClasses, preprocessing: Preprocessing
-) -> tuple[Segmenter, Path]:
+def mask_segmenter(config: Sections, classes: LabelClasses, preprocessing: Preprocessing) -> tuple[Segmenter, Path]:
     """The cohort's segmenter, where it finds the classes that a mask has, and its file.
 
     Args:
-        config: a ``data.instrument`` section, or None.
+        config: ``data.instrument``: a section, a list of which the first segmenter counts, or None.
         classes: of the model's mask.
         preprocessing: of the model's images.
 
@@ -45,11 +43,13 @@ def mask_segmenter(
         LdmError: there is none, or it has other classes or was trained on images that were prepared in another way;
             says which.
     """
-    kind = (config or {}).get("kind")
-    if kind != "segmenter":
-        found = "data.instrument is not set" if kind is None else f"data.instrument.kind is {kind}"
+    sections = instrument_sections(config)
+    section = next((one for one in sections if one.get("kind") == "segmenter"), None)
+    if section is None:
+        kinds = ", ".join(str(one.get("kind")) for one in sections)
+        found = f"data.instrument.kind is {kinds}" if sections else "data.instrument is not set"
         raise LdmError(f"{found}; only a segmenter (ldm train-segmenter) finds label maps in images.")
-    path = Path(config["path"])
+    path = Path(section["path"])
     if not path.is_file():
         raise LdmError(f"there is no segmenter {path} yet (ldm train-segmenter).")
     segmenter = Segmenter.load(path)
@@ -66,7 +66,7 @@ def mask_dice(
     segmenter: Segmenter,
     masks: Sequence[np.ndarray],
     real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray] | None,
     samples: Sequence[np.ndarray],
     subjects: Sequence[int],
     seed: int = 0,
@@ -76,7 +76,7 @@ def mask_dice(
     Args:
         segmenter: finds a map in an image.
         masks: stored label values ``(*S)`` of the held-out subjects.
-        real, rebuilt: their images ``(C, *S)``, and these through the first stage.
+        real, rebuilt: their images ``(C, *S)``, and these reconstructed; None of a model that cannot.
         samples: images ``(C, *S)``.
         subjects: for each sample, whose map was asked for: a position in ``masks``.
         seed: of the bootstrap.
@@ -89,7 +89,7 @@ def mask_dice(
     asked = [segmenter.labels.classes(torch.from_numpy(mask)) for mask in masks]  # (*S) each
     on_real, on_rebuilt, on_samples = (
         [torch.from_numpy(segmenter.segment(image)) for image in track(images, f"segmenting {name}")]  # (*S) each
-        for name, images in (("held-out images", real), ("reconstructions", rebuilt), ("samples", samples))
+        for name, images in (("held-out images", real), ("reconstructions", rebuilt or ()), ("samples", samples))
     )
     everyone = range(len(masks))
     pairs = {
@@ -100,7 +100,7 @@ def mask_dice(
     }
     labels: dict[str, dict[str, Any]] = {name: {} for name in segmenter.labels.names}
     for row, (whose, found) in pairs.items():
-        if not found:  # of one subject alone there is no other
+        if not found:  # no reconstructions; or of one subject alone, and there is no other
             continue
         scores = [dice_per_class(one, asked[k], len(segmenter.labels)) for k, one in zip(whose, found, strict=True)]
         for name, values in zip(segmenter.labels.names, np.array(scores).T, strict=True):  # (N,)

@@ -1,8 +1,14 @@
-"""``report.html``: one self-contained page, verdict first, that opens without a server."""
+"""``report.html``: one self-contained page, verdict first, that opens without a server.
+
+It is made of what stands in the folder of an evaluation: ``metrics.json``, ``figures/`` and, if there is one,
+``audit.json``. Parts that are missing are left out, so that an older evaluation, or one without a feature network, has
+a report too, and an audit that comes later only needs :func:`write_report` again.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,73 +16,72 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from ldm.evaluation import masks
-from ldm.model.generative import Generative
+from ldm.errors import LdmError
+from ldm.evaluation import goals, masks
+from ldm.evaluation.audit_report import audit_fragment
 
-CAPTIONS = {
-    "samples.png": "Samples, asked with the covariates of held-out subjects: axial, coronal and sagittal centre plane.",
-    "real.png": "The held-out subjects with these covariates.",
-}
+CURVES = {"curves_first_stage.png": "first stage", "curves_model.png": "model"}
+AUDIT = "audit.json"
+METRICS = {"frechet": "Fréchet distance", "frechet_ratio": "times the floor", "kid": "KID", "mmd": "MMD"}
 
 
-def write_report(
-    path: Path,
-    model: Generative,
-    metrics: Mapping[str, Any],
-    figures: Path,
-    curves: Mapping[str, Path],
-) -> Path:
-    """Write the page; pictures are embedded.
+def write_report(folder: Path) -> Path:
+    """Write the page of an evaluation's folder; pictures are embedded.
 
     Args:
-        path: ``report.html``.
-        model: what was evaluated.
-        metrics: content of ``metrics.json``.
-        figures: folder with the pictures of this evaluation.
-        curves: title -> picture, of the trainings.
+        folder: holds ``metrics.json``; pictures are in its ``figures/``. ``audit.json``, if it is there, is that of
+            ``ldm audit``; one of another model, and the training scans that its own page shows, are left out.
+
+    Returns:
+        ``report.html`` in the folder.
+
+    Raises:
+        LdmError: no ``metrics.json``, or a JSON file that cannot be read.
     """
-    values, levels = (
-        {name: entry for name, entry in metrics.get("fidelity", {}).items() if entry["kind"] == kind}
-        for kind in ("continuous", "categorical")
-    )
-    scatter = {
-        name: [_embed(figures / f"measured_{kind}_{name}.png") for kind in ("real", "samples")] for name in values
-    }
+    folder = Path(folder)
+    metrics, audit = _read(folder / "metrics.json"), _read(folder / AUDIT, optional=True)
+    if audit and audit.get("model_sha256") != metrics.get("model_sha256"):
+        audit = None
+    found, figures = goals.verdicts(metrics, audit), folder / "figures"
     page = _template("report.html").render(
-        cohort=metrics["cohort"],
-        simulated=metrics["simulated"],
         metrics=metrics,
-        verdict=verdict(metrics),
+        verdicts=found,
+        overall=goals.overall(found),
+        cohort=metrics.get("cohort", "a cohort"),
+        simulated=metrics.get("simulated", False),
+        what=metrics.get("model", {}).get("kind"),
         distances=metrics.get("distances"),
         masks=metrics.get("mask_dice"),
-        what=model.what,
-        mosaics=[(caption, _embed(figures / name)) for name, caption in CAPTIONS.items()],
-        values=values,
-        levels=levels,
-        scatter=scatter,
-        curves=[(title, _embed(picture)) for title, picture in curves.items()],
-        model={
-            "parameters": f"{sum(p.numel() for p in model.network.parameters()) / 1e6:.1f} M",
-            "latent": "x".join(map(str, model.latent_shape)),
-            "condition": model.condition_in_words(),
-            "sampling": ", ".join(f"{k} {v}" for k, v in vars(model.defaults).items() if v is not None),
-            "steps": model.header.get("steps", "unknown"),
-            "sha256": metrics["model_sha256"][:16],
-        },
+        masks_in_words=masks_in_words(metrics.get("mask_dice", {}).get("labels", {})),
+        images=_images(figures),
+        values=_of_kind(metrics, figures, "continuous"),
+        levels=_of_kind(metrics, figures, "categorical"),
+        sweeps={name: _sweep(name, entry, figures) for name, entry in metrics.get("sweep", {}).items()},
+        audit=audit_fragment(audit) if audit and "spaces" in audit else None,
+        curves=[(title, _embed(figures / name)) for name, title in CURVES.items() if (figures / name).is_file()],
+        protocol=_protocol(metrics),
     )
-    return _write(path, page)
+    return _write(folder / "report.html", page)
 
 
-def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapping[str, Any]) -> Path:
+def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapping[str, Any], goal: float) -> Path:
     """Write the page that compares two folders of images.
 
     Args:
         path: ``report.html``.
         real, synthetic: the folders.
         distances: see :func:`ldm.evaluation.distances.compare`.
+        goal: largest ratio to the floor.
     """
-    lines = distances_in_words(distances)
-    page = _template("folders.html").render(real=real, synthetic=synthetic, verdict=lines, distances=distances)
+    found = [goals.realism(distances, goal)]
+    page = _template("folders.html").render(
+        real=real,
+        synthetic=synthetic,
+        verdicts=found,
+        overall=goals.overall(found),
+        distances=distances,
+        protocol={"Distances": _indented(distances["protocol"])},
+    )
     return _write(path, page)
 
 
@@ -86,12 +91,68 @@ def write_page(path: Path, template: str, pictures: Mapping[str, Path], **conten
     return _write(path, _template(template).render(pictures=embedded, **content))
 
 
+def _images(figures: Path) -> list[tuple[str, str]]:
+    """Captions and pictures: pairs side by side, or, in an older evaluation, one mosaic after the other."""
+    if (figures / "pairs.png").is_file():
+        caption = "Real held-out images, and at the right of each the generated one with the same covariates."
+        return [(caption, _embed(figures / "pairs.png"))]
+    captions = {
+        "real.png": "Real held-out images.",
+        "samples.png": "Generated images, in the same order, asked for the covariates of these.",
+    }
+    return [(text, _embed(figures / name)) for name, text in captions.items() if (figures / name).is_file()]
+
+
+def _of_kind(metrics: Mapping[str, Any], figures: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """Covariates of one kind, with their scatter plots."""
+    found = {}
+    for name, entry in metrics.get("fidelity", {}).items():
+        if entry.get("kind", "continuous") == kind:
+            names = [figures / f"measured_{which}_{name}.png" for which in ("real", "samples")]
+            found[name] = {"share": None, **entry, "pictures": [_embed(path) for path in names if path.is_file()]}
+    return found
+
+
+def _sweep(name: str, entry: Mapping[str, Any], figures: Path) -> dict[str, Any]:
+    names = [figures / f"sweep_{name}.png", *(figures / f"sweep_{name}_{title}.png" for title in entry["measured"])]
+    return {**entry, "pictures": [_embed(path) for path in names if path.is_file()]}
+
+
+def _protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> what the numbers depend on."""
+    parts = {
+        "Distances": metrics.get("distances", {}).get("protocol"),
+        "Likeness (MS-SSIM)": metrics.get("ms_ssim", {}).get("protocol"),
+        "Images": {name: metrics[name] for name in ("n", "seeds", "split_sha256", "model_sha256") if name in metrics},
+        "Goals": metrics.get("goals"),
+    }
+    return {title: _indented(part) for title, part in parts.items() if part}
+
+
+def _indented(part: Any) -> str:
+    return json.dumps(part, indent=1, ensure_ascii=False)
+
+
 def _template(name: str) -> Template:
     environment = Environment(
-        loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("ldm.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"figures": three_figures, "percent": percent}
+    environment.filters |= {"number": goals.number, "percent": goals.percent}
+    environment.globals["metric_names"] = METRICS
     return environment.get_template(name)
+
+
+def _read(path: Path, optional: bool = False) -> dict[str, Any] | None:
+    if optional and not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LdmError(f"{path}: cannot be read ({error}); the report is made of it. Run ldm evaluate.") from error
 
 
 def _write(path: Path, page: str) -> Path:
@@ -99,29 +160,6 @@ def _write(path: Path, page: str) -> Path:
     temporary.write_text(page)
     os.replace(temporary, path)
     return path
-
-
-def verdict(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, in plain sentences."""
-    lines, reconstruction = [], metrics.get("reconstruction")
-    if reconstruction is not None:
-        lines.append(
-            f"The model reconstructs {reconstruction['n']} held-out images with a PSNR of "
-            f"{reconstruction['psnr_mean']:.1f} dB (standard deviation {reconstruction['psnr_std']:.1f})."
-        )
-    lines += [_verdict_on(name, entry) for name, entry in metrics.get("fidelity", {}).items()]
-    lines += masks_in_words(metrics.get("mask_dice", {}).get("labels", {}))
-    spread = metrics["diversity"]
-    if "samples asked as these" in spread:
-        alike = {name: values["ms_ssim"]["mean"] for name, values in spread.items()}
-        rebuilt = alike.get("the same, reconstructed")
-        between = "" if rebuilt is None else f" after reconstruction, which takes detail away, {rebuilt:.3f};"
-        lines.append(
-            f"Two held-out subjects with like covariates have an MS-SSIM of {alike['real, nearest covariates']:.3f};"
-            f"{between} two samples asked with their covariates {alike['samples asked as these']:.3f}. Higher is more "
-            "alike."
-        )
-    return lines + (distances_in_words(metrics["distances"]) if "distances" in metrics else [])
 
 
 def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -134,48 +172,6 @@ def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def distances_in_words(distances: Mapping[str, Any]) -> list[str]:
-    """How far the last row's images, those that were generated, are from the reference, and whether it can be told."""
-    rows, floor, control = (distances[name] for name in ("rows", "floor", "control"))
-    *_, generated = rows
-    lines = [
-        f"Distance from {distances['protocol']['reference']['n']} images of the "
-        f"{distances['protocol']['reference']['images']} (Fréchet, {distances['protocol']['n']} images each): "
-        f"{generated} {rows[generated]['frechet']:.3g}; {floor} {rows[floor]['frechet']:.3g}; "
-        f"{control} {rows[control]['frechet']:.3g}."
-    ]
-    if not distances["control_is_worse"]:
-        lines.append(
-            f"With these features and this number of images the Fréchet distance does not tell {control} from others: "
-            "it says nothing about the generated images either."
-        )
-    return lines
-
-
-def _verdict_on(name: str, entry: Mapping[str, Any]) -> str:
-    samples, real = entry["samples"], entry["instrument_on_held_out"]
-    if entry["kind"] == "categorical":
-        return (
-            f"{name}: {percent(samples)} of {samples['n']} samples show the level that was asked for; the instrument "
-            f"itself finds the true one in {percent(real)} of {real['n']} held-out images."
-        )
-    return (
-        f"{name}: measured in {samples['n']} samples it follows what was asked with r = {samples['r']:.3f} and "
-        f"slope {samples['slope']:.2f}; the instrument itself, on {real['n']} held-out images with known truth, "
-        f"reaches r = {real['r']:.3f} and slope {real['slope']:.2f}."
-    )
-
-
-def percent(share: Mapping[str, Any]) -> str:
-    """A share of agreement with its interval."""
-    low, high = share["interval"]
-    return f"{share['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
-
-
-def three_figures(value: float) -> str:
-    """A number with at least three figures: 12,345 or 0.0123."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def _embed(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+    kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(Path(path).read_bytes()).decode()

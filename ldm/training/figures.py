@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -161,13 +162,21 @@ def curves(metrics: Mapping[str, Sequence[tuple[int, float]]], names: Sequence[s
     return _save(figure, path)
 
 
-def scatter(asked: Sequence[float], measured: Sequence[float], title: str, unit: str, path: Path) -> Path:
-    """Asked against measured, with the identity line."""
+def scatter(
+    asked: Sequence[float],
+    measured: Sequence[float],
+    title: str,
+    unit: str,
+    path: Path,
+    limits: tuple[float, float] | None = None,
+) -> Path:
+    """Asked against measured, with the identity line; ``limits`` of both axes, so that pictures can be compared."""
     figure = Figure(figsize=(3.6, 3.4))
     axis = figure.subplots()
     axis.scatter(asked, measured, s=10, alpha=0.7)
-    ends = [min(*asked, *measured), max(*asked, *measured)]
+    ends = limits or (min(*asked, *measured), max(*asked, *measured))
     axis.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
+    axis.set_aspect("equal", adjustable="datalim")
     axis.set_xlabel(f"asked ({unit})", fontsize=8)
     axis.set_ylabel(f"measured ({unit})", fontsize=8)
     axis.set_title(title, fontsize=8)
@@ -226,6 +235,49 @@ def segmentation_panel(rows: Sequence[Mapping[str, np.ndarray]], names: Sequence
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=8)
     return _save(figure, path)
+
+
+def sweep(
+    asked: Sequence[float],
+    measured: np.ndarray,
+    training: tuple[float, float],
+    name: str,
+    unit: str,
+    path: Path,
+) -> Path:
+    """Asked against measured ``(K, S)`` with S fixed noises, a thin line each, and their mean.
+
+    What lies outside the ``training`` range is shaded and says that it is extrapolation.
+    """
+    figure = Figure(figsize=(5.2, 3.6))
+    axis = figure.subplots()
+    axis.plot(asked, measured, color="tab:blue", linewidth=0.6, alpha=0.5)
+    known = np.isfinite(measured)
+    mean = np.where(known, measured, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)  # (K,)
+    axis.plot(asked, mean, color="tab:blue", linewidth=2, marker="o", label="mean of the noises")
+    axis.plot([asked[0], asked[-1]], [asked[0], asked[-1]], "k--", linewidth=0.8, label="as asked")
+    axis.set_xlim(asked[0], asked[-1])
+    for start, end in ((asked[0], min(training[0], asked[-1])), (max(training[1], asked[0]), asked[-1])):
+        if start < end:
+            axis.axvspan(start, end, color="tab:orange", alpha=0.18, linewidth=0)
+            middle = ((start + end) / 2, 0.98)
+            style = {"rotation": 90, "fontsize": 8, "ha": "center", "va": "top", "color": "#8a4b00"}
+            axis.text(*middle, "extrapolation", transform=axis.get_xaxis_transform(), **style)
+    axis.set_xlabel(f"{name} asked ({unit})", fontsize=8)
+    axis.set_ylabel(f"{name} measured ({unit})", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="lower right")
+    return _save(figure, path)
+
+
+def copy(picture: Path, path: Path) -> Path:
+    """Copy a picture, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    shutil.copyfile(picture, temporary)
+    temporary.replace(path)
+    return path
 
 
 def _strip(image: np.ndarray, fill: float | None = None) -> np.ndarray:

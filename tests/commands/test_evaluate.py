@@ -6,11 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands.evaluate import read_sample
+from ldm.commands.evaluate import evenly, pictures, read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
+from ldm.evaluation.fidelity import ImageSet
 from ldm.model.output import as_written, image_paths, write_image
+from ldm.training import figures
 
 RGB = tuple(f"photo_{colour}" for colour in ("red", "green", "blue"))
 LAS = np.diag([-2.0, 1.5, 3.0, 1.0])
@@ -63,3 +65,20 @@ def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_pa
     written = as_written(preprocessing, image)
     np.testing.assert_allclose(read_sample(model, paths), written, atol=1e-5)
     assert np.abs(written - image).max() > 1e-3  # something was lost
+
+
+def test_pictures_show_the_same_cases_evenly_from_a_sorted_table(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "mosaic", lambda images, path, *_, **__: shown.update({path.name: images}))
+    numbers = [np.full((1, 4, 4), float(k)) for k in range(40)]
+    real = ImageSet(numbers, [{}] * 40, list(map(str, range(40))))
+    samples = ImageSet([-image for image in numbers], real.rows, real.subjects)
+    pictures(
+        SimpleNamespace(preprocessing=SimpleNamespace(is_rgb=False, spatial_dims=2)), real, samples, tmp_path, (0, 1)
+    )
+    cases = [image[0, 0, 0] for image in shown["real.png"]]
+    assert len(cases) == 16
+    assert (cases[0], cases[-1]) == (0, 37)
+    assert [-image[0, 0, 0] for image in shown["samples.png"]] == cases
+    assert [image[0, 0, 0] for image in shown["pairs.png"]] == [sign * case for case in cases for sign in (1, -1)]
+    assert evenly(3, 16) == [0, 1, 2]

@@ -159,7 +159,8 @@ def test_a_report_has_what_the_model_can(trained, ldm, tmp_path):
         expected[2:2] = ["held-out images, reconstructed"] if rebuilt else []
         assert list(metrics["distances"]["rows"]) == expected
         page = (tmp_path / name / "report.html").read_text()
-        assert f"Evaluation of the {'VAE-GAN' if rebuilt else 'LSGAN'}: made" in page
+        assert f"Generated images of made, by the {'VAE-GAN' if rebuilt else 'LSGAN'}: can they" in page
+        assert ("reconstructed" in metrics["ms_ssim"]["sets"]) == rebuilt
 
 
 def test_the_table_has_every_row_and_measures_each_once(trained, ldm, tmp_path):

@@ -149,9 +149,23 @@ def test_what_is_written_can_be_read_as_a_cohort(trained, ldm):
 
 def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
     _, common = trained
-    code, text = ldm("evaluate", *common, "n=6", "repeats=2", "steps=2", "run_dir=evaluation")
+    more = ("seeds=[0,1]", "sweep={ventricles_mm3: [5e3, 2e5, 2]}", "sweep_n=1")
+    request = ("evaluate", *common, "n=4", "repeats=2", "steps=2", "run_dir=evaluation", *more)
+    code, text = ldm(*request)
     assert not code, text
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert metrics["seeds"] == [0, 1]
+    assert metrics["ms_ssim"]["protocol"]["pairs"] == 6
+    first, second = (
+        read(tmp_path / f"evaluation/{name}/sub-000001.nii.gz").array for name in ("samples", "samples_seed1")
+    )
+    assert np.abs(first - second).max() > 0.01
+    assert len(metrics["ms_ssim"]["seeds"]["difference"]["values"]) == 2
+    sweep = metrics["sweep"]["ventricles_mm3"]
+    assert (sweep["asked"], sweep["extrapolation"]) == ([5e3, 2e5], [True, True])
+    assert list(sweep["measured"]) == ["ventricles"]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluation").glob("s*/**/*.nii.gz")}
+    assert len(kept) == 6 + 4 + 2
     assert "fidelity" in metrics  # samples of a model trained for 12 steps may not be measurable
     assert set(metrics["diversity"]) == {
         "real, nearest covariates",
@@ -165,6 +179,17 @@ def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
     assert page.count("data:image/png;base64,") >= 5
     assert "simulated" in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
+    assert "extrapolation" in page
+
+    # the same command goes on: no sample is drawn again; another goal is only another verdict
+    code, text = ldm(*request, "goals.ms_ssim=1")
+    assert not code, text
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert "goal: at most 1 either way" in (tmp_path / "evaluation/report.html").read_text()
+    for wrong, said in (("seeds=[0,0]", "different whole numbers"), ("goals.share=0", "goals.share is 0")):
+        code, text = ldm(*request, wrong)
+        assert code
+        assert said in text
 
 
 def test_a_sample_does_not_depend_on_its_batch(trained):

@@ -19,6 +19,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.distances import (
     CONTROL,
     FLOOR,
+    FURTHER,
     PRIOR,
     RECONSTRUCTED,
     SAMPLES,
@@ -29,7 +30,7 @@ from ldm.evaluation.distances import (
 )
 from ldm.evaluation.features import MedicalNetFeatures, check_features, extract, find_features
 from ldm.evaluation.folders import SYNTHETIC, folder_distances
-from ldm.evaluation.report import distances_in_words
+from ldm.evaluation.goals import NOT_MEASURED, realism
 from tests.model.test_predictor import predictor
 from tests.model.test_transfer import AGE, model
 
@@ -67,8 +68,11 @@ def images(n, seed, size=8, level=0.5, channels=1):
 def evaluated(made, held_out=24, drawn=20, **options):
     """Distances of a model whose reconstructions are perfect and whose samples are too bright."""
     train = [{"image": torch.from_numpy(np.concatenate([1 - x, x]))} for x in images(40, 1)]
+    records = [SimpleNamespace(subject=f"sub-{i}") for i in range(len(train))]
     datamodule = SimpleNamespace(
-        dataset={"train": train}.get, preprocessing=SimpleNamespace(channels=("other", "a"))
+        dataset={"train": train}.get,
+        cohort=SimpleNamespace(split={"train": records}.get),
+        preprocessing=SimpleNamespace(channels=("other", "a")),
     )  # the model generates the second channel only
     made.preprocessing = replace(made.preprocessing, reference=RECIPE.reference)
     real = images(held_out, 2)
@@ -110,6 +114,33 @@ def test_every_row_is_measured_at_the_same_n_against_the_training_split():
     assert evaluated(autoencoder_model(), n_ref=30, seed=1)["rows"] != rows
 
 
+def test_further_seeds_are_rows_and_their_spread_is_said():
+    drawn = {1: images(20, 4, level=0.8), 2: images(20, 5, level=0.8)}
+    result = evaluated(autoencoder_model(), further=drawn)
+    names = [SAMPLES, FURTHER.format(1), FURTHER.format(2)]
+    assert [name for name in result["rows"] if name in names] == names
+    for metric in ("frechet", "kid", "frechet_ratio"):
+        values = [result["rows"][name][metric] for name in names]
+        assert result["seeds"][metric] == {
+            "values": values,
+            "mean": pytest.approx(np.mean(values)),
+            "std": pytest.approx(np.std(values, ddof=1)),
+        }
+    assert len(set(values)) == 3
+    assert "seeds" not in evaluated(autoencoder_model())
+
+
+def test_a_metric_that_ranks_a_control_above_real_images_is_named():
+    rng = np.random.default_rng(0)
+    reference, real = rng.standard_normal((80, 3)), rng.standard_normal((40, 3))
+    sets = {"real": real, "blurred": 3 + real, "crowded": 0.3 * real, "x": real}
+    result = compare(reference, sets, "real", "blurred", {}, controls=["blurred", "crowded"])
+    assert result["controls"] == ["blurred", "crowded"]
+    assert result["untrusted"]["precision"] == ["crowded"]  # inside the real ones, without being like them
+    assert result["untrusted"]["density"] == ["crowded"]
+    assert not {"frechet", "kid", "mmd", "recall"} & set(result["untrusted"])
+
+
 def test_there_is_no_prior_in_pixel_space():
     assert PRIOR not in evaluated(model([AGE], "concat", channels=1))["rows"]
 
@@ -143,7 +174,9 @@ def test_a_distance_that_does_not_see_the_control_says_so():
     result = compare(reference, {"real": 5 + bad, "blurred": good, "x": good}, "real", "blurred", {"reference": {}})
     result["protocol"]["reference"] = {"n": 40, "images": "training split"}
     assert not result["control_is_worse"]
-    assert "does not tell blurred from others" in distances_in_words(result)[-1]
+    verdict = realism(result, 1.5)
+    assert verdict.status == NOT_MEASURED
+    assert "cannot be trusted here: it calls blurred better than real images" in verdict.text
 
 
 # feature networks ---------------------------------------------------------------------------------------
@@ -249,7 +282,7 @@ def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkey
     assert result["control_is_worse"]
     assert result["rows"][SYNTHETIC]["frechet_ratio"] > 3
     page = Path("out/report.html").read_text()
-    for said in (SYNTHETIC, "16 images each", "0" * 16, str(folders[1]), "(control)", "http"):
+    for said in (SYNTHETIC, "16 images, compared", "0" * 16, str(folders[1]), "(control)", "http"):
         assert (said in page) == (said != "http"), said
 
 

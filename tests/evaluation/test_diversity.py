@@ -10,8 +10,9 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
-from ldm.evaluation.diversity import nearest_pairs, spread
+from ldm.evaluation.diversity import _mean_interval, nearest_pairs, pairs_within, spread, within_sets
 from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.repeats import resampled_subjects
 from ldm.model.segmenter import Segmenter, build_segmenter
 
 
@@ -30,6 +31,51 @@ def test_copies_have_no_spread():
     assert same["rms"]["mean"] == 0
     assert different["ms_ssim"]["mean"] < 0.5
     assert different["rms"]["mean"] == pytest.approx((1 / 6) ** 0.5, rel=0.1)  # of two uniform variables
+
+
+def blends(n, share, seed):
+    """Images that share a part: the larger it is, the more alike they are."""
+    rng = np.random.default_rng(seed)
+    common = np.random.default_rng(99).random((1, 16, 16), dtype=np.float32)
+    return [share * common + (1 - share) * rng.random((1, 16, 16), dtype=np.float32) for _ in range(n)]
+
+
+def test_a_set_as_diverse_as_real_images_differs_by_nothing_and_a_collapsed_one_by_much():
+    subjects = [f"sub-{i}" for i in range(12)]
+    sets = {"real": blends(12, 0.5, 0), "reconstructed": blends(12, 0.5, 0), "samples": blends(12, 0.5, 1)}
+    result = within_sets(sets, subjects, (0.0, 1.0), further={1: blends(12, 0.9, 2)})
+    assert result["difference"]["reconstructed"] == {"value": 0, "interval": [0, 0]}
+    low, high = result["difference"]["samples"]["interval"]
+    assert low <= 0 <= high
+    value = result["difference"]["samples"]["value"]
+    assert value == pytest.approx(result["sets"]["samples"]["mean"] - result["sets"]["real"]["mean"])
+    assert abs(value) < 0.02
+    assert result["protocol"]["pairs"] == 66
+    assert result["seeds"]["difference"]["values"][0] == value
+    assert result["seeds"]["difference"]["values"][1] > 0.3  # nearly copies
+    assert within_sets(sets, subjects[:2] * 6, (0.0, 1.0), most=5)["protocol"]["pairs"] == 5
+    assert within_sets(sets, ["one"] * 12, (0.0, 1.0)) is None
+
+
+def test_no_pair_is_of_one_subject():
+    pairs = pairs_within(["a", "a", "b", "c"])
+    assert pairs == [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert set(pairs_within([str(i) for i in range(30)], 50, seed=1)) < set(
+        pairs_within([str(i) for i in range(30)], 999)
+    )
+
+
+def test_the_interval_over_pairs_holds_the_mean_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), 0
+    names = [str(i) for i in range(25)]
+    pairs = pairs_within(names)
+    counts = resampled_subjects(names, 400)
+    first, second = np.array(pairs).T
+    for _ in range(300):
+        of_subject = rng.standard_normal(25)  # a pair's value is the mean of two subjects: the true mean is 0
+        low, high = _mean_interval((of_subject[first] + of_subject[second]) / 2, counts[:, first] * counts[:, second])
+        held += low <= 0 <= high
+    assert 0.89 < held / 300 < 0.98
 
 
 def segmenter(path):

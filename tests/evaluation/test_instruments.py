@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instrument
+from ldm.evaluation.instruments import find_instrument, find_instruments, merged
 from tests.model.test_predictor import SCHEMA, predictor
 
 
@@ -56,3 +56,18 @@ def test_what_it_cannot_measure_is_refused(made):
         find_instrument(config, made.preprocessing, other)
     with pytest.raises(LdmError, match="trained on images with channels"):
         find_instrument(config, predictor(in_channels=2).preprocessing, SCHEMA)
+
+
+def test_several_instruments_are_a_list(made):
+    made, config = made
+    image = torch.rand(1, 12, 8).numpy()
+    both = [config, {**config, "measures": ["age", "sex"]}, {**config, "path": "nowhere.safetensors"}]
+    found = find_instruments(both, made.preprocessing, SCHEMA)
+    assert list(found) == ["predictor", "predictor 2"]
+    assert list(found["predictor"](image)) == ["sex"]
+    assert merged(found)(image) == found["predictor 2"](image)
+    assert list(find_instruments(config, made.preprocessing, SCHEMA)) == ["predictor"]  # one mapping, as before
+    assert find_instruments(None, made.preprocessing, SCHEMA) == {}
+    assert merged({}) is None
+    with pytest.raises(LdmError, match="each instrument is a mapping"):
+        find_instruments(["predictor"], made.preprocessing, SCHEMA)

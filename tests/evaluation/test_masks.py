@@ -122,6 +122,8 @@ def segmenter(tmp_path):
 
 def test_why_there_is_no_dice(segmenter):
     assert mask_segmenter(segmenter, CLASSES, RECIPE)[0].labels == CLASSES
+    several = [{"kind": "ventricles"}, segmenter]
+    assert mask_segmenter(several, CLASSES, RECIPE)[0].labels == CLASSES
     turned = LabelClasses.from_config({"right": [20, 21], "left": 10})
     assert mask_segmenter(segmenter, turned, RECIPE)[0].labels == CLASSES  # the order does not matter
     other = LabelClasses.from_config({"left": 10, "right": 20})

@@ -1,0 +1,92 @@
+"""Ratios of Fréchet distances: known answers, and an interval that holds them."""
+
+import numpy as np
+import pytest
+
+from ldm.errors import LdmError
+from ldm.metrics.frechet import frechet_distance
+from ldm.metrics.ratio import EXTRAPOLATED, FIXED, extrapolated, folds, frechet_ratios, interval
+
+
+def gaussian(rng, n, features=2, shift=0.0):
+    return shift + rng.standard_normal((n, features))
+
+
+def test_the_extrapolated_distance_is_the_closed_form_without_the_bias_of_few_images():
+    rng = np.random.default_rng(0)
+    halves = np.arange(40) % 2
+    values = []
+    for _ in range(100):
+        a, b = gaussian(rng, 40, 4), gaussian(rng, 40, 4, shift=0.5)
+        values.append((frechet_distance(a, b), extrapolated(a, b, halves, halves)))
+    biased, free = np.mean(values, 0)
+    assert biased > 1.2  # the true distance is 4 * 0.5^2 = 1
+    assert free == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_ratio_is_extrapolated_where_the_floor_is_told_from_zero():
+    rng = np.random.default_rng(1)
+    sets = {"real": gaussian(rng, 400, shift=0.5), "samples": gaussian(rng, 400, shift=1.0)}
+    result = frechet_ratios(gaussian(rng, 800), sets, "real")
+    assert result["method"] == EXTRAPOLATED
+    assert result["groups"] == 40
+    low, high = result["ratios"]["samples"]["interval"]
+    assert low < 4 < high  # (2 * 1.0^2) / (2 * 0.5^2)
+    assert result["ratios"]["real"] == {"value": 1.0, "interval": [1.0, 1.0]}
+
+
+def test_the_ratio_of_equal_distributions_is_one_at_a_fixed_number():
+    rng = np.random.default_rng(2)
+    sets = {"real": gaussian(rng, 40), "samples": gaussian(rng, 40), "worse": gaussian(rng, 40, shift=2.0)}
+    result = frechet_ratios(gaussian(rng, 100), sets, "real")
+    assert (result["method"], result["n"]) == (FIXED, 40)
+    low, high = result["ratios"]["samples"]["interval"]
+    assert low < 1 < high
+    assert result["ratios"]["worse"]["interval"][0] > 1
+
+
+def test_the_interval_holds_the_true_ratio_at_least_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+
+    def draw():
+        return gaussian(rng, 60), {"real": gaussian(rng, 20), "samples": gaussian(rng, 20, shift=0.6)}
+
+    distances = []
+    for _ in range(300):
+        reference, sets = draw()
+        distances.append([frechet_distance(one, reference) for one in sets.values()])
+    floor, samples = np.mean(distances, 0)
+    held = 0
+    for _ in range(60):
+        low, high = frechet_ratios(*draw(), "real")["ratios"]["samples"]["interval"]
+        held += low <= samples / floor <= high
+    assert held / 60 > 0.93
+
+
+def test_the_jackknife_of_a_mean_is_the_interval_of_students_t():
+    x = np.random.default_rng(4).standard_normal(12)
+    low, high = interval(x.mean(), np.array([np.delete(x, i).mean() for i in range(12)]))
+    assert (high - low) / 2 == pytest.approx(2.201 * x.std(ddof=1) / np.sqrt(12), rel=1e-3)  # t of 11 degrees
+
+
+def test_all_images_of_a_subject_are_left_out_together():
+    subjects = ["b", "a", "b", "c", "a"]
+    assert folds(subjects, 5).tolist() == [1, 0, 1, 2, 0]
+    assert folds(None, 90).max() == 39
+    rng = np.random.default_rng(5)
+    reference, real, worse = gaussian(rng, 60), gaussian(rng, 15), gaussian(rng, 15, shift=1.0)
+    repeated = {name: np.repeat(x, 3, 0) for name, x in (("real", real), ("worse", worse))}
+    widths = [
+        np.ptp(np.log(frechet_ratios(reference, repeated, "real", whose)["ratios"]["worse"]["interval"]))
+        for whose in (None, np.repeat(np.arange(15), 3))
+    ]
+    assert widths[1] > 1.2 * widths[0]  # three images of one person are not three people
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(LdmError, match="sets of one size"):
+        frechet_ratios(np.zeros((9, 2)), {"real": np.zeros((5, 2)), "x": np.zeros((6, 2))}, "real")
+    with pytest.raises(LdmError, match="at least 3 subjects in every set, not 2"):
+        frechet_ratios(np.zeros((9, 2)), {"real": np.zeros((4, 2))}, "real", ["a", "a", "b", "b"])
+    with pytest.raises(LdmError, match="2 subjects are given for 4 images"):
+        frechet_ratios(np.zeros((9, 2)), {"real": np.zeros((4, 2))}, "real", ["a", "b"])
