@@ -118,7 +118,7 @@ def test_a_tumour_lies_in_the_brain_and_mostly_in_white_matter(atlas, bodies):
         core, _, oedema = body.lesion.fractions(points, body.lesion.grid.step)
         for part, fluid in ((core > 0.5, 0.25), (oedema > 0.5, 0.25)):
             assert tissue.brain[part].min() > 0.4
-            assert tissue.ventricles[part].max() < 0.8
+            assert tissue.ventricles[part].mean() < 0.05  # it borders on them, and does not fill them
             assert tissue.fluid[part].mean() < fluid
         assert tissue.white[core > 0.5].mean() > tissue.grey[core > 0.5].mean()
 
@@ -145,7 +145,8 @@ def test_the_largest_tumour_pushes_outwards_and_does_not_fold(atlas):
     around = body.lesion_centre.astype(np.float32)[:, None] + 30 * directions
     moved = render.warp.displacement_at(ill.deformation.mass, lesions.PUSH_GRID, around)
     outwards = -(moved * directions).sum(0)  # maps are stored backward
-    assert outwards.mean() > 2
+    assert outwards.mean() > 1
+    assert (outwards > 0).mean() > 0.9
     brain = render._healthy_tissue(atlas, body.subject, body.deformation, lesions.PUSH_GRID.points()).brain
     beyond = brain.reshape(lesions.PUSH_GRID.shape) == 0
     assert np.abs(ill.deformation.mass[:, beyond]).max() < np.abs(ill.deformation.mass).max() / 3  # the skull holds
