@@ -66,7 +66,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     network = find_features(plain(config.features), model.device)
     if network is not None:
         check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
-    real, rows, records = held_out(datamodule, model.preprocessing.channels)
+    real, rows, records = evenly_first(config.n, *held_out(datamodule, model.preprocessing.channels))
     repeated = min(config.repeats, len(rows))
     numbers = [i % len(rows) for i in range(config.n)] + list(range(repeated))
     asked = [dict(rows[i]) for i in numbers]
@@ -160,6 +160,17 @@ def held_out(
     if not images:
         raise LdmError(f"cohort '{datamodule.cohort.name}' has no held-out subjects; see data.split.")
     return images, rows, records
+
+
+def evenly_first(n: int, *lists: Sequence[Any]) -> list[list[Any]]:
+    """Lists of equal length in one new order: first ``n`` evenly from all, then the others.
+
+    A table is often sorted, and the first rows would all be of one class.
+    """
+    total = len(lists[0])
+    chosen = [i * total // n for i in range(n)] if n < total else list(range(total))
+    order = [*chosen, *sorted(set(range(total)) - set(chosen))]
+    return [[one[i] for i in order] for one in lists]
 
 
 def read_sample(model: Generative, paths: Sequence[Path]) -> np.ndarray:
@@ -315,10 +326,11 @@ def _pairs(rows: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, An
 
 def pictures(model, real, rows, samples, asked, folder: Path, value_range: tuple[float, float]) -> None:
     """Mosaics of held-out images, of samples at the same covariates, and of repeated samples."""
-    shown, rgb = min(SHOWN, len(real), len(samples)), model.preprocessing.is_rgb
+    count, rgb = min(len(real), len(samples)), model.preprocessing.is_rgb
+    shown = [i * count // min(SHOWN, count) for i in range(min(SHOWN, count))]  # evenly: tables are often sorted
     for name, images, titles in (("real", real, rows), ("samples", samples, asked)):
-        titles = [describe(row) for row in titles[:shown]]
-        figures.mosaic(images[:shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
+        titles = [describe(titles[i]) for i in shown]
+        figures.mosaic([images[i] for i in shown], folder / f"{name}.png", titles, value_range, rgb=rgb)
 
 
 def training_curves(model: Generative, config: DictConfig) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands.evaluate import read_sample
+from ldm.commands.evaluate import evenly_first, read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
@@ -63,3 +63,10 @@ def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_pa
     written = as_written(preprocessing, image)
     np.testing.assert_allclose(read_sample(model, paths), written, atol=1e-5)
     assert np.abs(written - image).max() > 1e-3  # something was lost
+
+
+def test_fewer_samples_than_subjects_ask_evenly_from_all():
+    names, numbers = evenly_first(3, list("abcdefg"), range(7))
+    assert names == list("acebdfg")
+    assert numbers == [0, 2, 4, 1, 3, 5, 6]
+    assert evenly_first(9, list("abc")) == [list("abc")]
