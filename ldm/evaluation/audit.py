@@ -108,7 +108,15 @@ class AuditResult:
     def to_dict(self) -> dict[str, Any]:
         """What ``audit.json`` holds."""
         worst = {name: [asdict(pair) for pair in pairs] for name, pairs in self.worst.items()}
-        return {"passed": self.passed, "verdict": self.verdict, "lines": self.lines, **self.numbers, "worst": worst}
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "statement": self.lines[0],
+            "lines": self.lines,
+            "model_sha256": self.numbers["protocol"].get("model_sha256"),
+            **self.numbers,
+            "worst": worst,
+        }
 
 
 Watch = Callable[[Iterable[np.ndarray], str], Iterable[np.ndarray]]
