@@ -22,11 +22,13 @@ from ldm.data.simulated.anatomy import Grid
 PARTS = ("necrotic_core", "oedema", "enhancing")  # BraTS: NCR, ED, ET
 CORE_MEDIAN_MM3, CORE_SD, CORE_RANGE_MM3 = 20e3, 0.75, (3e3, 70e3)  # necrosis and rim: log-normal, cut off
 OEDEMA_RATIO, OEDEMA_SD, OEDEMA_RANGE_MM3 = 1.6, 0.5, (3e3, 100e3)  # oedema over core: log-normal, cut off
-SWELLING = 0.35  # of the oedema: what it adds to the displaced volume
+# Of the oedema: what it adds to the displaced volume. More than real oedema does, because the flow escapes to the sides
+# more easily than real tissue: chosen so that large tumours move the midline by several mm.
+SWELLING = 1.0
 LOWEST_MM = -8.0  # in the template: above the brain stem and the cerebellum
 PUSH_GRID = Grid((-83.0, -116.0, -77.0), 6.0, (29, 34, 29))
-PUSH_STEPS = 8
-PUSH_REACH_MM = 45.0  # standard deviation of how far away fluid still gives way
+PUSH_STEPS = 10
+PUSH_REACH_MM = 60.0  # standard deviation of how far away fluid still gives way
 BOX_STEP_MM, BOX_HALF = 3.0, 21  # the tumour's own lattice: 63 mm to each side of its centre
 FAR_MM = BOX_STEP_MM * BOX_HALF  # oedema does not spread further
 GREY_SHARE = 0.3  # oedema in grey matter, relative to white
