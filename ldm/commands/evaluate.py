@@ -76,7 +76,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     )
     sweep = plain(config.sweep) if OmegaConf.is_config(config.sweep) else config.sweep
     axes = read_sweep(sweep, config.sweep_others, model.schema, datamodule.cohort.split("train"))
-    real, records = held_out_set(datamodule, model.preprocessing.channels)
+    real, records = held_out_set(datamodule, model.preprocessing.channels, config.n)
     samples, further = generated(model, path, config, real, records, seeds)
     once = samples.first(config.n)  # the others repeat covariates
     value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
@@ -141,9 +141,9 @@ def model_cohort(config: DictConfig, model: Generative, path: Path) -> CohortDat
     return datamodule
 
 
-def held_out_set(datamodule: CohortDataModule, channels: Sequence[str]) -> tuple[ImageSet, list[Record]]:
-    """Held-out images with their covariates and subjects, and their records; see :func:`held_out`."""
-    images, rows, records = held_out(datamodule, channels)
+def held_out_set(datamodule: CohortDataModule, channels: Sequence[str], n: int) -> tuple[ImageSet, list[Record]]:
+    """Held-out images with their covariates and subjects, and their records, those that ``n`` samples ask as first."""
+    images, rows, records = evenly_first(n, *held_out(datamodule, channels))
     return ImageSet(images, rows, [record.subject for record in records]), records
 
 
@@ -260,6 +260,17 @@ def held_out(
     if not images:
         raise LdmError(f"cohort '{datamodule.cohort.name}' has no held-out subjects; see data.split.")
     return images, rows, records
+
+
+def evenly_first(n: int, *lists: Sequence[Any]) -> list[list[Any]]:
+    """Lists of equal length in one new order: first ``n`` evenly from all, then the others.
+
+    A table is often sorted, and the first rows would all be of one class.
+    """
+    total = len(lists[0])
+    chosen = [i * total // n for i in range(n)] if n < total else list(range(total))
+    order = [*chosen, *sorted(set(range(total)) - set(chosen))]
+    return [[one[i] for i in order] for one in lists]
 
 
 def read_sample(model: Generative, paths: Sequence[Path]) -> np.ndarray:

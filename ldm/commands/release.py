@@ -14,6 +14,7 @@ from ldm.applications.release import (
     Release,
     Session,
     bids_suffixes,
+    check_count,
     conditions_from,
     read_audit,
     read_evaluation,
@@ -58,6 +59,8 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         raise LdmError("license is missing: under which terms may the data set be used? For example license=CC-BY-4.0.")
     if config.n is not None and config.repeats != 1:
         raise LdmError(f"n is {config.n} and repeats {config.repeats}: give one of them.")
+    if config.n is not None:
+        check_count(config.n)
     sha256 = model.header["tensors_sha256"]
     audit = read_audit(config.audit, sha256, config.release_without_audit)
     conditions = conditions_from(plain_or(config.covariates), model, config.n, config.batch_size, config.seed)
@@ -74,7 +77,7 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         config.shard_size,
         config.precision,
         sampling_options(config),
-        licence_text(config.license_file),
+        license_text(config.license_file),
         read_evaluation(config.evaluation, sha256),
     )
     return plan, n
@@ -91,8 +94,8 @@ def image_template(config: DictConfig, model: LatentDiffusionModel) -> str | Non
     return template if isinstance(template, str) and config.data.name == model.header.get("cohort") else None
 
 
-def licence_text(path: str | None) -> str | None:
-    """Text of a licence.
+def license_text(path: str | None) -> str | None:
+    """Text of a license.
 
     Raises:
         LdmError: there is no such file, or it is no text.

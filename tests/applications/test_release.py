@@ -350,4 +350,5 @@ def test_release_through_the_command_line(ldm, model, place, tmp_path):
     code, text = ldm(*request, reason, "n=8", "covariates={age: [50, 60], sex: [F, M]}", "name=other")
     assert code
     assert "name was grid, is other" in text
+    assert "n is -3; legal: 1 to 999,999" in ldm(*request, "n=-3", reason)[1]
     assert ldm(*request, "n=1", reason, "license=null")[1].count("license is missing")

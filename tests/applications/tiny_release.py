@@ -93,14 +93,14 @@ def killed_at(step: int) -> None:
     left = [step]
 
     def wrapped(function):
-        def one(*arguments):
+        def one(*arguments, **options):
             left[0] -= 1
             if left[0] == 0:
                 if function is fsync:
                     with contextlib.suppress(OSError):  # a folder has no halves
                         os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return one
 

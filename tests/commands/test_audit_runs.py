@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 
+from ldm.applications.release import read_audit
 from ldm.commands.audit import NOT_PASSED
+from ldm.errors import LdmError
+from ldm.model.file import read_header
 from tests.conftest import TINY
 from tests.training.test_matcher_training import PERSONS, write_persons
 
@@ -64,6 +67,12 @@ def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     code, text = ldm("audit", *settings, "n=6", "steps=1", "planted=3", "data.subjects_linked=false")
     assert code in (0, NOT_PASSED), text
     found = json.loads((tmp_path / "runs/made/audit/audit.json").read_text())
+    model_sha256 = read_header(tmp_path / "runs/made/ldm/model.safetensors")["tensors_sha256"]
+    reason = None if found["passed"] else "a test of the file's form"
+    record = read_audit(tmp_path / "runs/made/audit/audit.json", model_sha256, reason)  # as a release does
+    assert record["statement"] == found["lines"][0]
+    with pytest.raises(LdmError, match="is of another model"):
+        read_audit(tmp_path / "runs/made/audit/audit.json", "0" * 64, reason)
     assert set(found["spaces"]) == {"features", "latents"}
     assert "reconstructed" in found["spaces"]["latents"]["control"]
     assert found["spaces"]["latents"]["control"]["unchanged"]["recall"] == 1

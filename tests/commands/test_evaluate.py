@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands.evaluate import evenly, pictures, read_sample
+from ldm.commands.evaluate import evenly, evenly_first, pictures, read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
@@ -82,3 +82,10 @@ def test_pictures_show_the_same_cases_evenly_from_a_sorted_table(tmp_path, monke
     assert [-image[0, 0, 0] for image in shown["samples.png"]] == cases
     assert [image[0, 0, 0] for image in shown["pairs.png"]] == [sign * case for case in cases for sign in (1, -1)]
     assert evenly(3, 16) == [0, 1, 2]
+
+
+def test_fewer_samples_than_subjects_ask_evenly_from_all():
+    names, numbers = evenly_first(3, list("abcdefg"), range(7))
+    assert names == list("acebdfg")
+    assert numbers == [0, 2, 4, 1, 3, 5, 6]
+    assert evenly_first(9, list("abc")) == [list("abc")]

@@ -85,7 +85,7 @@ def _drawn(model: LatentDiffusionModel, n: int | None, batch_size: int, seed: in
         raise LdmError("The model holds no distribution of its training covariates: set covariates=TABLE or a grid.")
     if n is None:
         raise LdmError("n is missing: how many volumes are to be drawn?")
-    rows = model.distribution.sample(n + batch_size, seed)
+    rows = model.distribution.sample(n + max(batch_size, 1), seed)
     return Conditions(DRAWN, [canonical(model.schema, _rounded(row)) for row in rows])
 
 

@@ -64,7 +64,7 @@ def shard_documents(plan: Plan, shard: int, volumes: Sequence[Mapping[str, Any]]
 
 def license_file(plan: Plan) -> dict[str, bytes]:
     """``LICENSE``, where its text was given."""
-    return {} if plan.licence_text is None else {"LICENSE": plan.licence_text.encode()}
+    return {} if plan.license_text is None else {"LICENSE": plan.license_text.encode()}
 
 
 def _description(plan: Plan, part: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _description(plan: Plan, part: str) -> dict[str, Any]:
         "Name": f"{plan.name} (synthetic), {part}",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "raw",
-        "License": plan.licence,
+        "License": plan.license,
         "GeneratedBy": [
             {
                 "Name": "ldm release",
@@ -125,7 +125,7 @@ seed and number that fix its noise, SHA256SUMS a checksum of every file (sha256s
 
 {audit_statement(plan)}
 
-License: {plan.licence}
+License: {plan.license}
 """.encode()
 
 
@@ -185,7 +185,7 @@ unique in the whole release.
 sha256sum --check SHA256SUMS && for s in shard-*; do (cd $s && sha256sum --check --quiet SHA256SUMS) || break; done
 ```
 
-License: {plan.licence}
+License: {plan.license}
 """.encode()
 
 

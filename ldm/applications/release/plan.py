@@ -41,7 +41,7 @@ class Plan:
         model: that is sampled, on its device.
         conditions: of every volume.
         name: of the data set.
-        licence: its name or identifier, as the user gives it.
+        license: its name or identifier, as the user gives it.
         suffixes: channel -> BIDS suffix, see :func:`bids_suffixes`.
         audit: record of :func:`ldm.applications.release.audit.read_audit`.
         evaluation: record of :func:`ldm.applications.release.audit.read_evaluation`; None for none.
@@ -50,7 +50,7 @@ class Plan:
         shard_size: volumes of a shard.
         precision: ``auto``, ``bf16`` or ``float32``.
         options: sampling options that differ from the model's defaults.
-        licence_text: for the files ``LICENSE``; None for none.
+        license_text: for the files ``LICENSE``; None for none.
 
     Raises:
         LdmError: a number out of range, an illegal option, a text that is refused, or a model that cannot be released.
@@ -59,7 +59,7 @@ class Plan:
     model: LatentDiffusionModel
     conditions: Conditions
     name: str
-    licence: str
+    license: str
     suffixes: Mapping[str, str]
     audit: Mapping[str, Any]
     seed: int = 0
@@ -67,7 +67,7 @@ class Plan:
     shard_size: int = 1000
     precision: str = "auto"
     options: Mapping[str, Any] | None = None
-    licence_text: str | None = None
+    license_text: str | None = None
     evaluation: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Plan:
             if getattr(self, key) < 1:
                 raise LdmError(f"{key} is {getattr(self, key)}; legal: 1 or more.")
         check_text(str(self.name), "name")
-        check_text(str(self.licence), "license")
+        check_text(str(self.license), "license")
         _check_model(self.model)
         self._try_conditions()  # an illegal option is found before the first volume
 
@@ -95,8 +95,8 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "synthetic": True,
             "name": self.name,
-            "license": self.licence,
-            "license_text_sha256": None if self.licence_text is None else sha256(self.licence_text.encode()),
+            "license": self.license,
+            "license_text_sha256": None if self.license_text is None else sha256(self.license_text.encode()),
             "model_sha256": self.model.header["tensors_sha256"],
             "n": n,
             "seed": self.seed,
@@ -236,8 +236,8 @@ def settle(out: Path, plan: Plan, n: int, scratch: Path, other_hardware: bool = 
 
 
 def _expect_empty(out: Path, scratch: Path) -> None:
-    found = sorted(path.name for path in out.iterdir() if path != scratch.parent and path.name != FILE)
-    if found:
+    found = sorted(path.name for path in out.iterdir() if path != scratch.parent)
+    if found and FILE not in found:  # another worker may have begun a moment ago
         raise LdmError(f"{out} holds {found[0]} and no {FILE}: it is no release. Choose another out=....")
 
 

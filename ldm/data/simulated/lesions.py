@@ -22,12 +22,15 @@ from ldm.data.simulated.anatomy import Grid
 PARTS = ("necrotic_core", "oedema", "enhancing")  # BraTS: NCR, ED, ET
 CORE_MEDIAN_MM3, CORE_SD, CORE_RANGE_MM3 = 20e3, 0.75, (3e3, 70e3)  # necrosis and rim: log-normal, cut off
 OEDEMA_RATIO, OEDEMA_SD, OEDEMA_RANGE_MM3 = 1.6, 0.5, (3e3, 100e3)  # oedema over core: log-normal, cut off
-SWELLING = 0.35  # of the oedema: what it adds to the displaced volume
+# Of the oedema: what it adds to the displaced volume. More than real oedema does, because the flow escapes to the sides
+# more easily than real tissue: chosen so that large tumours move the midline by several mm.
+SWELLING = 1.0
 LOWEST_MM = -8.0  # in the template: above the brain stem and the cerebellum
 PUSH_GRID = Grid((-83.0, -116.0, -77.0), 6.0, (29, 34, 29))
-PUSH_STEPS = 8
-PUSH_REACH_MM = 45.0  # standard deviation of how far away fluid still gives way
+PUSH_STEPS = 10
+PUSH_REACH_MM = 60.0  # standard deviation of how far away fluid still gives way
 BOX_STEP_MM, BOX_HALF = 3.0, 21  # the tumour's own lattice: 63 mm to each side of its centre
+FAR_MM = BOX_STEP_MM * BOX_HALF  # oedema does not spread further
 GREY_SHARE = 0.3  # oedema in grey matter, relative to white
 SPEED = {"white": 1.0, "grey": 0.25, "fluid": 0.02}  # of spreading oedema
 MIDLINE_MM, MIDLINE_SPEED = 5.0, 0.3  # it seldom crosses: within this distance of the template's midline, times so much
@@ -74,7 +77,6 @@ class Lesion:
     necrosis: np.ndarray
     oedema: np.ndarray
     unrest: np.ndarray  # smooth random field of unit variance
-    centre: np.ndarray  # (3,) mm
 
     def fractions(self, points: np.ndarray, width_mm: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fractions (N,) float32 of core, of necrosis and of the oedema around, at world `points` (3, N).
@@ -265,8 +267,8 @@ def spread(plan: Plan, mass: Mass, tissue: Tissue) -> Lesion:
     core = np.clip(0.5 + level / BOX_STEP_MM, 0, 1)
     time = _travel_time(core > 0.5, tissue, mass)
     susceptible = (tissue.white + GREY_SHARE * tissue.grey).reshape(grid.shape) * (1 - core)
-    limit = _threshold(time, susceptible, plan.oedema_mm3)
-    return Lesion(grid, level, mass.necrosis, _closed(limit - time), mass.unrest, mass.centre)
+    limit = min(_threshold(time, susceptible, plan.oedema_mm3), FAR_MM - BOX_STEP_MM)  # beyond: not reached at all
+    return Lesion(grid, level, mass.necrosis, _closed(limit - time), mass.unrest)
 
 
 def _travel_time(core: np.ndarray, tissue: Tissue, mass: Mass) -> np.ndarray:
@@ -274,9 +276,8 @@ def _travel_time(core: np.ndarray, tissue: Tissue, mass: Mass) -> np.ndarray:
     speed = SPEED["fluid"] + SPEED["white"] * tissue.white + SPEED["grey"] * tissue.grey
     speed = speed * np.where(np.abs(tissue.origins[0]) < MIDLINE_MM, MIDLINE_SPEED, 1)
     slowness = np.exp(0.4 * mass.hindrance) / speed.reshape(core.shape)
-    far = BOX_STEP_MM * BOX_HALF
-    time = csgraph.dijkstra(_paths(slowness), indices=np.flatnonzero(core), min_only=True, limit=far)
-    time = np.minimum(time, far).astype(np.float32).reshape(core.shape)
+    time = csgraph.dijkstra(_paths(slowness), indices=np.flatnonzero(core), min_only=True, limit=FAR_MM)
+    time = np.minimum(time, FAR_MM).astype(np.float32).reshape(core.shape)
     return ndimage.gaussian_filter(time, 0.6)  # the facets of paths along a lattice
 
 

@@ -90,7 +90,7 @@ def scan(name: str, points: np.ndarray, tissues: Tissues, seed: int, index: int)
     """Intensities (N,) int16 in sequence `name` of `tissues` at world `points` (3, N) of subject `index`.
 
     Contrast, bias field, Rician noise and gain are drawn for each subject and sequence; what a tumour adds is drawn
-    from a stream of its own, so that the rest of the brain is the same with and without it.
+    from a stream of its own, so that contrast and bias field are the same with and without it.
     """
     sequence, place = SEQUENCES[name], list(SEQUENCES).index(name)
     rng = population.generator(seed, index, population.RENDERING + population.STREAMS_PER_SEQUENCE * place)

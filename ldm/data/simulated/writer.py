@@ -26,7 +26,7 @@ from ldm.data.simulated.sequences import SEQUENCES
 from ldm.errors import LdmError, nearest
 
 VERSION = 1  # of the simulation: raised whenever the same parameters would give other images
-EXTRAS_VERSION = 1  # the same for what only cohorts with lesions, further sequences or slices have
+EXTRAS_VERSION = 2  # the same for what only cohorts with lesions, further sequences or slices have
 MANIFEST = "simulated.json"
 COLUMNS = {
     "age": {"Description": "Simulated age", "Units": "years"},
