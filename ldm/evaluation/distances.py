@@ -166,6 +166,7 @@ def compare(
         floor,
         None if subjects is None else subjects[:n],
         reference_subjects,
+        seed,
     )
     for name, ratio in ratios.pop("ratios").items():
         rows[name]["frechet_ratio"] = None if ratio is None else ratio["value"]
@@ -184,7 +185,7 @@ def compare(
             "frechet": reduction,
             "frechet_ratio": {
                 **ratios,
-                "interval": "95 %, jackknife over subjects, all sets and the reference at once",
+                "interval": "95 %, jackknife over subjects, set and reference at once",
             },
             "frechet_interval": "95 %, 200 bootstrap resamples of both sets, centred on the distance",
             "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval of the jackknife over both sets",

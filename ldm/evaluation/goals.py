@@ -134,7 +134,9 @@ def conditions(fidelity: Metrics | None, goal: float | None) -> list[Verdict]:
 
 
 def _condition(name: str, entry: Metrics, goal: float | None) -> Verdict:
-    question, share = f"Do generated images show the {name} that was asked for?", entry.get("share")
+    by = f" (measured by the {entry['instrument']})" if "instrument" in entry else ""
+    question = f"Do generated images show the {entry.get('covariate', name)} that was asked for?{by}"
+    share = entry.get("share")
     said = _levels(entry) if entry.get("kind") == "categorical" else _values(entry)
     if goal is None:
         return Verdict(question, NOT_MEASURED, f"No goal is set. {said}")
@@ -211,7 +213,7 @@ def _no_ratio(row: Metrics, goal: float | None) -> str:
 
 def _method(distances: Metrics) -> str:
     protocol = distances["protocol"]
-    method = protocol.get("frechet_ratio", {}).get("method", "at a fixed number of images")
+    method = protocol.get("frechet_ratio", {}).get("method", "")
     if method.startswith("extrapolated"):
         return f"(Fréchet distances {method}, from {protocol['n']}.)"
     return f"(Fréchet distances of {protocol['n']} images each: with fewer images any ratio would be nearer 1.)"

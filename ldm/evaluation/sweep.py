@@ -17,6 +17,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.agreement import correlations
 from ldm.evaluation.instruments import Instrument
 from ldm.training import figures
+from ldm.training.panels import describe
 
 OTHERS = (None, "mean")
 
@@ -122,7 +123,7 @@ def measure_sweep(
     """
     name = axis.covariate.name
     marks = [" (extrapolation)" if outside else "" for outside in axis.outside]
-    titles = [f"{name} {value:g}{mark}" for value, mark in zip(axis.values, marks, strict=True)]
+    titles = [f"{describe({name: value})}{mark}" for value, mark in zip(axis.values, marks, strict=True)]
     rows = min(4, len(images[0]))
     strip = [one[noise] for noise in range(rows) for one in images]
     figures.mosaic(strip, folder / f"sweep_{name}.png", titles * rows, columns=len(images), **shown)

@@ -13,6 +13,7 @@ from ldm.evaluation.audit import AuditSettings, Scans, audit
 from ldm.evaluation.distances import compare
 from ldm.evaluation.goals import MET, MISSED, NOT_MEASURED, UNDECIDED, check_goals, judged, overall, verdicts
 from ldm.evaluation.report import write_report
+from ldm.metrics.ratio import FIXED
 
 
 def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None):
@@ -24,7 +25,7 @@ def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None
         "features": {"kind": "fake", "name": "f", "sha256": "0" * 64},
     }
     result = compare(rng.standard_normal((40, 2)), sets, "real", "blurred", protocol)
-    result["protocol"]["frechet_ratio"]["method"] = "at a fixed number of images"
+    result["protocol"]["frechet_ratio"]["method"] = FIXED
     result["untrusted"] = untrusted or {}
     result["rows"]["samples"] |= {"frechet_ratio": ratio, "frechet_ratio_interval": list(interval)}
     result["rows"]["blurred"] |= {"frechet_ratio": 5.0, "frechet_ratio_interval": list(control)}
