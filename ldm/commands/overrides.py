@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.errors import LdmError, nearest
 
 # mappings whose names are the user's, or depend on their kind
-FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models", "sweep")
+FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models")
 
 
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
         config = compose(config_name, choices, return_hydra_config=True)
     for override in parsed:
         if override not in groups and not (override.is_add() or override.is_force_add()):
-            _check_key(config, override.key_or_group)
+            _check_key(config, override.key_or_group, config_name.removeprefix("train-"))
 
 
 def replace_free_form(arguments: Sequence[str]) -> list[str]:
@@ -76,13 +76,15 @@ def _choices(override: Override) -> list[str]:
     return [] if override.value() is None else [str(override.value())]
 
 
-def _check_key(config: DictConfig, key: str) -> None:
+def _check_key(config: DictConfig, key: str, section: str) -> None:
     node = config
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             break
         if part not in node.keys():  # noqa: SIM118 ("in" denies a key whose value is still ???)
-            hint = nearest(key, _all_keys(config)) or nearest(part, map(str, node))
+            keys = _all_keys(config)
+            own = [name for name in keys if name == f"{section}.{key}"]  # init_from of train-ldm is ldm.init_from
+            hint = nearest(key, own or keys) or nearest(part, map(str, node))
             raise LdmError(f"There is no setting '{key}'.{hint} `--cfg job` prints all settings.")
         node = None if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) else node[part]
 

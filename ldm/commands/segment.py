@@ -101,10 +101,6 @@ def find_source(config: DictConfig) -> Source:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LatentDiffusionModel.load(paths[0], device)
     options = sampling_options(config)
-    kept = dict(model.defaults.options or {})
-    if options.get("sampler", model.defaults.sampler) != model.defaults.sampler:  # only clipping is known to all
-        kept = {name: value for name, value in kept.items() if name == "clip"}
-    options["options"] = {**kept, **options.get("options", {})}
     return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig
@@ -24,6 +25,7 @@ from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.schema import CovariateSchema
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instruments, merged
@@ -64,6 +66,7 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
+    check_nulls(config, valid.covariates, learns_null(plain(config.ldm), train.covariates), datamodule.schema)
     write_config(config, run_dir)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
@@ -85,7 +88,7 @@ def run(config: DictConfig) -> dict[str, float]:
         LatentDataModule(train, valid, datamodule.cohort, config.ldm.batch_size, config.seed),
         plain(config.trainer),
         run_dir,
-        run_identity(model, ldm, widths),
+        run_identity(model, train, ldm, widths),
         save_model,
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
@@ -96,7 +99,9 @@ def run(config: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any], widths: Sequence[float]) -> dict[str, Any]:
+def run_identity(
+    model: LatentDiffusionModel, train: PosteriorCache, ldm: Mapping[str, Any], widths: Sequence[float]
+) -> dict[str, Any]:
     """What a resume checkpoint has to agree with; ``widths`` are those of the power-function averages."""
     header = model.header
     encoder = header["conditioners"].get("text", {}).get("encoder")
@@ -114,6 +119,8 @@ def run_identity(model: LatentDiffusionModel, ldm: Mapping[str, Any], widths: Se
         **({"posthoc_ema.sigma_rels": list(widths)} if widths else {}),
         "first_stage_sha256": header["first_stage_sha256"],
         "split_sha256": header["split_sha256"],
+        "covariates": list(model.schema.to_dict().items()),  # their order and ranges are what the codes mean
+        "latents": train.folder.name,  # by its key: the statistics that scale latents are of this very cache
     }
 
 
@@ -324,6 +331,7 @@ def build_model(
         schema = datamodule.schema
         distribution = datamodule.cohort.distribution() if len(schema) else None
         space = LatentSpace.identity(len(target.classes.names)) if as_it_is else train.fit_space()
+        header["learned_null"] = learns_null(ldm, train.covariates)
         model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
         fit_conditioners(model, train, ldm["conditioners"])
     else:
@@ -340,6 +348,32 @@ def build_model(
         expect_short_captions(model, train)
     log_size(model)
     return model
+
+
+def learns_null(ldm: Mapping[str, Any], covariates: np.ndarray) -> bool:
+    """Whether training ever hides a condition, so that the model knows what to do without.
+
+    Args:
+        ldm: the section of the configuration.
+        covariates: codes of the training images ``(N, K)``, NaN where one is missing.
+    """
+    rates = [ldm["condition"].get(name, 0) for name in ("drop_rate", "drop_all_rate")]
+    rates += [one["drop_rate"] for one in with_defaults(ldm["conditioners"]).values()]
+    return any(rates) or bool(np.isnan(covariates).any())
+
+
+def check_nulls(config: DictConfig, held_out: np.ndarray, learned: bool, schema: CovariateSchema) -> None:
+    """Refuse held-out subjects without a covariate where the model does not learn to go without one.
+
+    Raises:
+        LdmError: naming the covariate.
+    """
+    missing = np.isnan(held_out).any(0)  # (K,)
+    if not learned and config.ldm.condition.mode != "none" and missing.any():
+        raise LdmError(
+            f"Held-out subjects lack the covariate '{schema.names[int(missing.argmax())]}', and training never hides "
+            "one: set ldm.condition.drop_rate above 0, or data.missing_covariate=drop."
+        )
 
 
 def fit_conditioners(model: LatentDiffusionModel, train: PosteriorCache, asked: Mapping[str, Any]) -> None:

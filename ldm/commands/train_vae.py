@@ -58,6 +58,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "network": module.config,
             "preprocessing": datamodule.preprocessing.fingerprint(),
             "split_sha256": datamodule.cohort.split_hash,
+            "discriminator": plain(config.vae.discriminator) if module.loss["adversarial_weight"] else None,
         },
         save_model,
         label=f"{datamodule.cohort.name} vae",

@@ -88,6 +88,11 @@ class Caption:
                 said += [part.say(row[part.name]) if isinstance(part, Field) else part for part in parts]
         return " ".join("".join(said).split()) or None
 
+    @property
+    def names(self) -> set[str]:
+        """The covariates that it tells."""
+        return {part.name for _, parts in self.phrases for part in parts if isinstance(part, Field)}
+
     def texts(self) -> list[str]:
         """All words that the template can say, but for numbers."""
         parts = [part for _, parts in self.phrases for part in parts]

@@ -63,6 +63,7 @@ def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     config = {**DEFAULTS, **given}
     for key in ("label_names", "covariates", "split", "intensity", "augment"):
         config[key] = config[key] or {}
+    config["covariates"] = {name: one for name, one in config["covariates"].items() if one is not None}
     _known_keys(config["split"], SPLIT_DEFAULTS, "data.split")
     config["split"] = {**SPLIT_DEFAULTS, **config["split"]}
     config["missing_covariate"] = config["missing_covariate"] or "null"

@@ -222,10 +222,16 @@ def _nifti_shape(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, int, in
     return tuple(int(size) for size in spatial), int(rest[0]) if rest else 1
 
 
+def affine_mm(nifti: nib.Nifti1Image) -> np.ndarray:
+    """The affine that nibabel decides on, in mm whatever unit the header has."""
+    affine = np.array(nifti.affine, dtype=np.float64)
+    affine[:3] *= _MM_PER_UNIT.get(nifti.header.get_xyzt_units()[0], 1.0)
+    return affine
+
+
 def _nifti_affine(path: Path, nifti: nib.Nifti1Image) -> np.ndarray:
     """Voxel index to world (RAS+) in mm: sform, else qform, else voxel sizes (as nibabel decides)."""
-    affine = np.array(nifti.affine, dtype=np.float64)
-    affine[:3] *= _MM_PER_UNIT.get(_attempt(path, "NIfTI", nifti.header.get_xyzt_units)[0], 1.0)
+    affine = _attempt(path, "NIfTI", lambda: affine_mm(nifti))
     # 1e-9 mm3 is far below any voxel, so only a truly flat grid is refused.
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise LdmError(

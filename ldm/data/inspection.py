@@ -149,7 +149,8 @@ def _inspect_header(path: Path) -> FileFacts:
         sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         return FileFacts("unreadable", f"cannot be read as NIfTI ({_first_line(error)})")
-    determinant = float(np.linalg.det(nifti.affine[:3, :3])) if np.isfinite(nifti.affine).all() else float("nan")
+    affine = images.affine_mm(nifti)
+    determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
     if not abs(determinant) > 1e-9:
         return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:

@@ -9,7 +9,8 @@ What is guided is eps, that is the score ``-eps / sigma``; x0 follows, so that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -184,6 +185,13 @@ def check_interval(interval: Sequence[float]) -> None:
         raise LdmError(
             f"guidance_interval is {list(interval)}; legal: two sigma / alpha with 0 <= low < high, or null."
         )
+
+
+def check_scale(scale: float | Mapping[str, float]) -> None:
+    """Raise LdmError unless ``scale`` is a number, or a mapping of names to numbers."""
+    for one in scale.values() if isinstance(scale, Mapping) else [scale]:
+        if not isinstance(one, numbers.Real) or isinstance(one, bool) or not math.isfinite(one):
+            raise LdmError(f"guidance_scale is {scale!r}; legal: a number (1: no guidance), or {{name: number}}.")
 
 
 def check_rescale(phi: float) -> None:

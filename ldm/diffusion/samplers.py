@@ -288,7 +288,7 @@ def sampler(name: str, **options: Any) -> Sampler:
     """Look a sampler up by name, its options bound.
 
     Raises:
-        LdmError: a name or an option that does not exist, naming those that do.
+        LdmError: a name or an option that does not exist, naming those that do; an illegal value.
     """
     check_choice("Sampler", name, SAMPLERS)
     function = SAMPLERS[name]
@@ -296,7 +296,9 @@ def sampler(name: str, **options: Any) -> Sampler:
     legal = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for option in options:
         check_choice(f"Option of sampler '{name}',", option, legal)
-    return partial(function, **options)
+    bound = partial(function, **options)
+    bound(None, torch.zeros(1), (), ())  # without a move it does no more than look at the options' values
+    return bound
 
 
 class _History:

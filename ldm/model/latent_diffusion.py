@@ -18,7 +18,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion import guidance, noise
-from ldm.diffusion.checks import check_choice
+from ldm.diffusion.checks import check_choice, check_count
 from ldm.diffusion.prediction import Denoise, Prediction, to_prediction
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.diffusion.samplers import sampler as find_sampler
@@ -66,6 +66,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         find_sampler(self.sampler, **dict(self.options or {}))
+        check_count("num_inference_steps", self.num_inference_steps)
+        guidance.check_scale(self.guidance_scale)
         check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         guidance.check_rescale(self.guidance_rescale)
         if self.guidance_interval is not None:
@@ -116,6 +118,10 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
         self.learned_variance = bool(header.get("learned_variance"))
         check_process(self.schedule, self.prediction_type, self.learned_variance)
         self.defaults = construct(SamplingOptions, header["sampling"], "ldm.sampling")
+        self.schedule.grid(self.defaults.num_inference_steps, self.defaults.timestep_spacing)
+        if isinstance(self.defaults.guidance_scale, Mapping):
+            for name in self.defaults.guidance_scale:
+                self._check_part(name)
 
     @property
     def device(self) -> torch.device:
@@ -201,12 +207,16 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
             return self.decode(self.latent_space.to_scaled(mean.float()))  # (B, C, *S)
 
     def settings(self, options: Mapping[str, Any]) -> SamplingOptions:
-        """The stored options with ``options`` in their place.
+        """The stored options with ``options`` in their place; of those of another sampler only ``clip`` is kept.
 
         Raises:
             LdmError: an unknown name, or an illegal value.
         """
-        return construct(SamplingOptions, {**vars(self.defaults), **options}, "sample")
+        asked = {**vars(self.defaults), **options}
+        kept = dict(self.defaults.options or {})
+        if asked["sampler"] != self.defaults.sampler:
+            kept = {name: value for name, value in kept.items() if name == "clip"}
+        return construct(SamplingOptions, {**asked, "options": {**kept, **(options.get("options") or {})}}, "sample")
 
     def encode_condition(self, rows: Sequence[CovariateRow], inputs: Inputs | None = None) -> Condition:
         """The condition of rows and inputs, one each a sample; see :func:`ldm.model.inputs.encode_condition`."""
@@ -264,21 +274,32 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
 
     def _without(self, condition: Condition, name: str) -> Condition:
         """``condition`` without one covariate, or without all that one conditioner says."""
+        self._check_part(name)
         conditioners = self.network.conditioners
-        covariates = self.schema.names if COVARIATES in conditioners else ()
-        check_choice("guidance_scale: covariate or conditioner", name, [*covariates, *conditioners])
         if name in conditioners:
             return conditioners.without(condition, name)
         hidden = condition[COVARIATES].clone()  # (B, K)
-        hidden[:, covariates.index(name)] = torch.nan
+        hidden[:, self.schema.names.index(name)] = torch.nan
         return {**condition, COVARIATES: hidden}
 
+    def _check_part(self, name: str) -> None:
+        """Raise LdmError unless ``name`` can have a guidance scale of its own."""
+        conditioners = self.network.conditioners
+        covariates = self.schema.names if COVARIATES in conditioners else ()
+        check_choice("guidance_scale: covariate or conditioner", name, [*covariates, *conditioners])
+        told = conditioners["text"].caption if "text" in conditioners else None
+        if name in covariates and told is not None and name in told.names:
+            raise LdmError(
+                f"guidance_scale: {name} is also told by the caption, so that leaving out the covariate alone leaves "
+                "it known. Legal: scales for text and for covariates that the caption does not name."
+            )
+
     def _require_learned_nulls(self, values: Tensor, settings: SamplingOptions) -> None:
-        """Refuse what needs a null of a model that was imported without one (``learned_null`` in the header)."""
+        """Refuse what needs a null of a model that never learned one (``learned_null`` in the header)."""
         if self.header.get("learned_null", True):
             return
         left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
-        if left_out:
+        if left_out and COVARIATES in self.network.conditioners:
             raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
         scale, conditioners = settings.guidance_scale, self.network.conditioners
         if isinstance(scale, Mapping):  # without a control there is the frozen model, which needs no learned null

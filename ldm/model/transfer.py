@@ -26,8 +26,11 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
     """Copy the network of the model at ``path`` into ``model``, covariate by covariate.
 
     Covariates that both know keep what was learned for them, at their new position; a new covariate starts
-    without influence. So do planes of labels and images, and words of the vocabulary keep their embedding. Everything
-    else is copied where names and shapes agree.
+    without influence, except with ``cross_attention``, whose every token is attended to. So do planes of labels and
+    images, and words of the vocabulary keep their embedding. Everything else is copied where names and shapes agree.
+
+    A value in its unit keeps its meaning where ranges differ, but not as a plane (``concat``, ``hybrid``), which is
+    relative to the range: there is a warning.
 
     Raises:
         LdmError: the other model conditions in another way, or diffuses another number of channels.
@@ -54,6 +57,8 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
             path,
         )
     positions = shared_positions(model.schema, other.schema)
+    if ours in ("concat", "hybrid"):
+        warn_of_ranges(model.schema, other.schema, positions, path)
     tensors = map_covariates(model, other, positions)
     map_planes(tensors, model, other, positions)
     map_words(tensors, model, other)
@@ -75,6 +80,24 @@ def shared_positions(schema: CovariateSchema, other: CovariateSchema) -> list[tu
         if match.kind == covariate.kind and match.levels == covariate.levels:
             pairs.append((here, other.names.index(covariate.name)))
     return pairs
+
+
+def warn_of_ranges(
+    schema: CovariateSchema, other: CovariateSchema, positions: Sequence[tuple[int, int]], path: str | Path
+) -> None:
+    """Say which covariates mean something else as planes, since their ranges differ."""
+    for here, there in positions:
+        covariate, match = schema[schema.names[here]], other[other.names[there]]
+        if covariate.range != match.range:
+            logger.warning(
+                "%s ranges over %s here and over %s in %s: the same plane stands for other values until training has "
+                "moved it. Set data.covariates.%s.range alike in both to avoid that.",
+                covariate.name,
+                covariate.range,
+                match.range,
+                path,
+                covariate.name,
+            )
 
 
 def map_covariates(

@@ -120,14 +120,14 @@ class SamplePanels(FigureCallback):
             rgb=model.preprocessing.is_rgb,
         )
         self.publish(trainer, f"{self.group}/samples", path, module.step)
-        metrics = conditioning_test(model, len(self.rows), self.steps, self.measure, self.inputs)
+        metrics = conditioning_test(model, self.rows, self.steps, self.measure, self.inputs)
         module.record({f"{self.group}/val/{name}": value for name, value in metrics.items()})
         self.curves(self.folder, self.drawn)
 
 
 def conditioning_test(
     model: Any,
-    n: int,
+    rows: Sequence[Mapping[str, Any]],
     steps: int | None,
     measure: Callable[[np.ndarray], Mapping[str, float | str]] | None = None,
     inputs: Mapping[str, Sequence[Any]] | None = None,
@@ -136,20 +136,20 @@ def conditioning_test(
 
     Args:
         model: a :class:`ldm.model.generative.Generative`.
-        n: noise seeds.
+        rows: one a noise seed; their other covariates are asked for by a model that never learned to go without.
         steps: network calls a sample; None for a model that has no choice.
         measure, inputs: see :class:`SamplePanels`.
     """
     results: dict[str, float] = {}
+    others = [{}] * len(rows) if model.header.get("learned_null", True) else rows
     for covariate in model.schema:
         if covariate.kind == "continuous":
             low, high = covariate.range
             ends = (low + 0.2 * (high - low), low + 0.8 * (high - low))
         else:
             ends = (covariate.levels[0], covariate.levels[-1])
-        first, last = (
-            model.sample({covariate.name: end}, n=n, seed=0, **_steps(steps), **(inputs or {})).images for end in ends
-        )
+        asked = ([{**row, covariate.name: end} for row in others] for end in ends)
+        first, last = (model.sample(one, seed=0, **_steps(steps), **(inputs or {})).images for one in asked)
         change = float(np.sqrt(np.mean((last - first) ** 2)))
         between = float(np.sqrt(np.mean((first - np.roll(first, 1, axis=0)) ** 2)))
         if between:

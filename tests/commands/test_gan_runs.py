@@ -194,7 +194,8 @@ def test_the_table_has_every_row_and_measures_each_once(trained, ldm, tmp_path):
         if "N(0, I)" not in name:  # nothing was asked of it
             assert row["agreement"]["kind"]["n"] == 16
             assert row["spread"]["ms_ssim"]["n"] > 4
-    assert table["rows"]["held-out images"]["frechet_ratio"] == 1
+    low, high = table["rows"]["held-out images"]["frechet_ratio_interval"]
+    assert 0 < low <= 1 <= high  # a set of real images beside the mean of many
     assert table["rows"]["held-out images"]["agreement"]["kind"]["accuracy"] > 0.6  # of the true kinds
     lines = (tmp_path / "table/compare.md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 1 + len(table["rows"])

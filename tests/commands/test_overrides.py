@@ -13,6 +13,7 @@ import pytest
         (["train-vae", "vae.optimiser.lr=1"], "no setting 'vae.optimiser.lr'. Did you mean 'vae.optimizer.lr'?"),
         (["train-ldm", "trainer.max_tiem=1"], "no setting 'trainer.max_tiem'. Did you mean 'trainer.max_time'?"),
         (["sample", "step=10"], "no setting 'step'. Did you mean 'steps'?"),
+        (["train-ldm", "init_from=m.safetensors"], "no setting 'init_from'. Did you mean 'ldm.init_from'?"),
         (["check", "data=nift"], "Did you mean 'nifti'?"),
         (["check", "data.root='unclosed"], "does not parse"),
         (["train-vae", "trainer.max_time=1h", "data.root=nowhere"], "'1h' is not a time; legal: DD:HH:MM:SS"),

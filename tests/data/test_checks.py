@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.checks import check_cohort
+from ldm.data.inspection import _inspect_header
 from ldm.errors import LdmError
 
 SHAPE = (10, 11, 12)
@@ -299,3 +300,11 @@ def test_unchanged_files_come_from_the_cache(tmp_path, monkeypatch):
 
     (cache / "checks.json").write_text("{", encoding="utf-8")
     assert check_cohort(cohort.config(), cache, progress=False).facts["from_cache"] == 0
+
+
+def test_small_voxels_in_metres_have_a_size(tmp_path):
+    affine = np.diag([0.9e-3, 0.9e-3, 0.9e-3, 1.0])
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), affine)
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert _inspect_header(tmp_path / "a.nii.gz").kind is None

@@ -184,6 +184,11 @@ def test_every_data_set_composes(name, tmp_path):
     assert config["name"] == name
 
 
+def test_a_covariate_that_is_null_is_left_out():
+    config = complete_config({"root": "x", "image": "x", "covariates": {"age": None, "sex": {"kind": "categorical"}}})
+    assert list(config["covariates"]) == ["sex"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

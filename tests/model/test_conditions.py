@@ -89,6 +89,8 @@ def test_guidance_by_conditioner_and_none_at_scale_one():
             assert [len(x) for x, _, _ in calls] == [size]
     with pytest.raises(LdmError, match="'msk' is not known; legal: sex, age, covariates, mask, text. Did you mean"):
         made.guided_denoise(condition, SamplingOptions(guidance_scale={"msk": 2.0}))
+    with pytest.raises(LdmError, match="age is also told by the caption"):
+        made.guided_denoise(condition, SamplingOptions(guidance_scale={"age": 2.0}))
 
 
 def test_a_label_map_file_comes_to_the_models_grid(tmp_path):

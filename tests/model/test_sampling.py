@@ -122,3 +122,40 @@ def test_impossible_options_are_refused(options, message):
 def test_a_model_that_cannot_be_sampled_is_not_built():
     with pytest.raises(LdmError, match="'epsilon' does not go with schedule 'flow'"):
         model([AGE], "concat", **{**FLOW, "prediction_type": "epsilon"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "ddpm", "options": {"variance": "fixed_small"}}, "variance 'fixed_small' is not known"),
+        ({"sampler": "ddim", "options": {"eta": 2.0}}, "eta must be between 0"),
+        ({"options": {"clip": [1, -1]}}, "clip"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
+        ({"num_inference_steps": 5000}, "num_inference_steps=5000 is more than the 1000"),
+        ({"guidance_scale": "two"}, "guidance_scale is 'two'"),
+        ({"guidance_scale": {"aeg": 2.0}}, "Did you mean 'age'"),
+    ],
+)
+def test_what_a_model_cannot_be_drawn_from_with_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(LdmError, match=message):
+        model([AGE], "adaptive_norm", sampling=settings)
+
+
+def test_options_of_one_sampler_are_not_those_of_another():
+    made = model(
+        [AGE], "adaptive_norm", sampling={"sampler": "ddpm", "options": {"variance": "large", "clip": [-1, 1]}}
+    )
+    assert made.settings({"sampler": "dpmpp_2m_sde"}).options == {"clip": [-1, 1]}
+    assert made.settings({"sampler": "ddim", "options": {"eta": 0.5}}).options == {"clip": [-1, 1], "eta": 0.5}
+    assert made.settings({}).options == {"variance": "large", "clip": [-1, 1]}
+
+
+def test_a_model_that_never_hid_its_covariates_neither_goes_without_nor_is_guided():
+    made = model([AGE, SEX], "adaptive_norm", learned_null=False)
+    made.sample({"age": 50.0, "sex": "F"}, n=1)
+    with pytest.raises(LdmError, match="also ask for: sex"):
+        made.sample({"age": 50.0}, n=1)
+    with pytest.raises(LdmError, match="guidance_scale is 2"):
+        made.sample({"age": 50.0, "sex": "F"}, n=1, guidance_scale=2.0)
+    unconditional = model([AGE], "none", learned_null=False)
+    unconditional.sample(n=1)

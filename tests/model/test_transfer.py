@@ -74,6 +74,15 @@ def test_covariates_are_mapped_by_name(tmp_path, mode, patch_size):
         torch.testing.assert_close(mapped[2](torch.tensor([code])), known[0](torch.tensor([0.2])))
 
 
+def test_a_range_that_planes_do_not_follow_is_told(tmp_path, caplog):
+    model([AGE], "concat").save(tmp_path / "m.safetensors")
+    start_from(model([Covariate("age", "continuous", "years", (20.0, 100.0))], "concat"), tmp_path / "m.safetensors")
+    assert "age ranges over (20.0, 100.0) here and over (40.0, 80.0)" in caplog.text
+    caplog.clear()
+    start_from(model([AGE], "concat"), tmp_path / "m.safetensors")
+    assert "ranges over" not in caplog.text
+
+
 def test_what_cannot_be_mapped_is_refused(tmp_path):
     model([AGE], "concat").save(tmp_path / "m.safetensors")
     with pytest.raises(LdmError, match="conditions by 'concat', this model by 'adaptive_norm'"):

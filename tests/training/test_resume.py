@@ -157,3 +157,25 @@ def test_a_step_that_is_half_taken_is_not_kept(tmp_path, updating):
     checkpoint = ResumeCheckpoint(tmp_path, 60.0, lambda: None)
     checkpoint.on_exception(trainer, SimpleNamespace(step=3, updating=updating), KeyboardInterrupt())
     assert bool(written) is not updating
+
+
+def test_a_run_is_not_continued_with_what_would_change_its_meaning(ldm, tiny, tmp_path):
+    """Covariates in another order have codes of the same shape, augmented latents other statistics."""
+    short = ("trainer.max_steps=1", "ldm.val_samples=0")
+    code, text = ldm("train-vae", *tiny, *short)
+    assert not code, text
+    code, text = ldm("train-vae", *tiny, "trainer.max_steps=2", "vae.loss.adversarial_weight=0.1")
+    assert code
+    assert "discriminator is {" in text
+    order = "data.covariates={{{}: {{kind: continuous}}, {}: {{kind: continuous}}}}"
+    asked = (*tiny, *short, order.format("age", "brain_mm3"))
+    code, text = ldm("train-ldm", *asked)
+    assert not code, text
+    for other, name in (
+        ((*tiny, order.format("brain_mm3", "age")), "covariates is"),
+        ((*asked, "ldm.latents.variants=2", "data.augment={flip_axes: [0]}"), "latents is"),
+    ):
+        code, text = ldm("train-ldm", *other, "trainer.max_steps=2", "ldm.val_samples=0")
+        assert code, name
+        assert name in text, text
+        assert "another configuration" in text
