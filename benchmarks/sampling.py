@@ -43,12 +43,14 @@ from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.datamodule import CohortDataModule
 from ldm.diffusion.schedule import TIMESTEP_SPACINGS
 from ldm.errors import LdmError
+from ldm.metrics.frechet import frechet_distance
 from ldm.model.file import read_header
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 MARK_STEPS = 1000
 SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
 BATCH = 64  # of the predictor
+OTHER_SPLIT = {"held_out": "train", "train": "held_out"}
 TICKS = (5, 10, 15, 20, 30, 50, 100, 250)  # network calls in the plot
 
 Row = dict[str, Any]
@@ -101,7 +103,7 @@ def main() -> None:
     )
     run.add_argument("--predictor", required=True, metavar="PATH", help="model file of ldm train-predictor")
     run.add_argument("--cohort", nargs="+", required=True, metavar="KEY=VALUE", help="settings that name the cohort")
-    run.add_argument("--reference", choices=("held_out", "train"), default="held_out")
+    run.add_argument("--reference", choices=OTHER_SPLIT, default="held_out")
     run.add_argument("--rows", type=Path, required=True, help="the JSON lines file")
     run.add_argument("--n", type=int, default=500, help="samples a line")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -116,6 +118,8 @@ def main() -> None:
     run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--precision", choices=("auto", "bf16", "float32"), default="float32")
     run.set_defaults(function=measure_all)
+    real = verbs.add_parser("floor", parents=[run], add_help=False, help="n real images of the other split instead")
+    real.set_defaults(function=floor)
     table = verbs.add_parser("table", help="Markdown table and plot of the file")
     table.add_argument("--rows", type=Path, required=True)
     table.add_argument("--table", type=Path, help="Markdown file; printed without one")
@@ -134,7 +138,7 @@ def main() -> None:
 def measure_all(arguments: argparse.Namespace) -> None:
     """Every configuration of every model that the file does not hold yet; seed by seed, the mark first."""
     models = load_models(arguments.model)
-    predictor, reference = open_reference(arguments, models)
+    predictor, reference, _ = open_reference(arguments, models)
     rows = read_rows(arguments.rows)
     one_study([*rows, reference.study])
     todo = missing(rows, plan(arguments), models)
@@ -144,6 +148,19 @@ def measure_all(arguments: argparse.Namespace) -> None:
     for name, configuration in tqdm(todo):
         row = measure(models[name], configuration, reference, predictor, arguments)
         append(arguments.rows, {"model": name, **row})
+
+
+def floor(arguments: argparse.Namespace) -> None:
+    """Print the distance of n real images of the other split, anew for every seed, with the classes as asked."""
+    predictor, reference, datamodule = open_reference(arguments, load_models(arguments.model))
+    images, rows = reference_images(datamodule, OTHER_SPLIT[arguments.reference], datamodule.preprocessing.channels)
+    other, codes = features(predictor, images), datamodule.schema.encode_table(rows)
+    distances = []
+    for seed in arguments.seeds:
+        shuffled = np.random.default_rng(seed).permutation(len(other))
+        chosen = shuffled[spread_evenly(codes[shuffled], arguments.n)]
+        distances.append(frechet_distance(other[chosen], reference.features))
+    print(f"{np.mean(distances):.4g} +- {np.std(distances, ddof=1):.3g} over {len(distances)} draws of {arguments.n}")
 
 
 def missing(
@@ -171,8 +188,10 @@ def load_models(given: Sequence[str]) -> dict[str, LatentDiffusionModel]:
     return models
 
 
-def open_reference(arguments: argparse.Namespace, models: Mapping[str, LatentDiffusionModel]) -> tuple[Any, Reference]:
-    """The predictor, and the reference seen through it.
+def open_reference(
+    arguments: argparse.Namespace, models: Mapping[str, LatentDiffusionModel]
+) -> tuple[Any, Reference, CohortDataModule]:
+    """The predictor, the reference seen through it, and the cohort it is from.
 
     Raises:
         LdmError: a model was trained on another split, so that its training images could be the reference.
@@ -196,8 +215,8 @@ def open_reference(arguments: argparse.Namespace, models: Mapping[str, LatentDif
         "n": arguments.n,
         "precision": arguments.precision,
     }
-    asked = spread_evenly(rows, datamodule.schema.encode_table(rows), arguments.n)
-    return predictor, Reference(features(predictor, images), asked, study)
+    asked = [rows[k] for k in spread_evenly(datamodule.schema.encode_table(rows), arguments.n)]
+    return predictor, Reference(features(predictor, images), asked, study), datamodule
 
 
 def reference_images(datamodule: CohortDataModule, name: str, channels: Sequence[str]) -> tuple[np.ndarray, list[Row]]:
@@ -211,10 +230,10 @@ def reference_images(datamodule: CohortDataModule, name: str, channels: Sequence
     return np.stack([item["image"][chosen].float().numpy() for item in items]), rows
 
 
-def spread_evenly(rows: Sequence[Row], codes: np.ndarray, n: int) -> list[Row]:
-    """``n`` of the rows, evenly from all of them in the order of their codes: classes keep their shares."""
-    order = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(rows))
-    return [rows[order[i * len(rows) // n]] for i in range(n)]
+def spread_evenly(codes: np.ndarray, n: int) -> list[int]:
+    """Numbers of ``n`` rows, evenly from all in the order of their codes ``(N, K)``: classes keep their shares."""
+    order = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(codes))  # stable
+    return [int(order[i * len(codes) // n]) for i in range(n)]
 
 
 def plan(arguments: argparse.Namespace) -> Iterator[Configuration]:
@@ -255,7 +274,6 @@ def measure(
     arguments: argparse.Namespace,
 ) -> Row:
     """One line of the file."""
-    from ldm.metrics.frechet import frechet_distance
 
     options = described(configuration)
     with counted(model) as count:

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -40,11 +39,9 @@ def study(tmp_path, monkeypatch):
     model([AGE, SEX], "adaptive_norm", channels=1).save(tmp_path / "model.safetensors")
     asked = [{"age": 50.0, "sex": "FM"[i % 2]} for i in range(6)]
     reference = sampling.Reference(np.random.default_rng(0).random((4, 2)), asked, STUDY)
-    monkeypatch.setattr(sampling, "open_reference", lambda arguments, models: (Predictor(), reference))
+    monkeypatch.setattr(sampling, "open_reference", lambda arguments, models: (Predictor(), reference, None))
     monkeypatch.setattr(sampling, "MARK_STEPS", 8)
-    metrics = ModuleType("ldm.metrics.frechet")
-    metrics.frechet_distance = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())
-    monkeypatch.setitem(sys.modules, "ldm.metrics.frechet", metrics)
+    monkeypatch.setattr(sampling, "frechet_distance", lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum()))
 
     def run(*arguments):
         path = tmp_path / "rows.jsonl"
@@ -178,5 +175,5 @@ def test_asked_rows_keep_the_shares_of_the_classes():
     rows = [{"class": name} for name in "aabbbbcc" * 10]
     codes = np.array([["abc".index(row["class"])] for row in rows])
     for n in (8, 160):
-        asked = [row["class"] for row in sampling.spread_evenly(rows, codes, n)]
+        asked = [rows[k]["class"] for k in sampling.spread_evenly(codes, n)]
         assert [asked.count(name) / n for name in "abc"] == [0.25, 0.5, 0.25]

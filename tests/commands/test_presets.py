@@ -1,7 +1,7 @@
 """Presets of published models: they compose, have the published sizes, and take a training step.
 
 Everything happens on the meta device, where tensors have a shape and no memory: two of the networks would not fit
-otherwise. The loss is that of the training modules; the optimizer's step is not taken there.
+otherwise. Loss and optimizer are those of the training modules.
 """
 
 import contextlib
@@ -94,6 +94,7 @@ def test_the_second_stage_takes_a_step(preset, no_autocast, monkeypatch):
         draws |= {name: torch.randn(batch, *shape) for name in ("posterior", "eps")}
         weighted, _ = module.losses(module.network, latents, draws)
         weighted.mean().backward()
+        module.configure_optimizers().step()
     assert weighted.shape == (batch,)
     assert all(parameter.grad is not None for parameter in module.network.parameters())
 
@@ -111,10 +112,24 @@ def test_the_first_stage_takes_a_step(preset, no_autocast):
         terms = module.loss_terms(x, reconstruction, mean, std)
         terms["discriminator"] = module.discriminator.discriminator_loss(x, reconstruction)
         sum(terms.values()).backward()
+        for optimizer in module.configure_optimizers():
+            optimizer.step()
     assert reconstruction.shape == x.shape
     assert set(terms) == {"reconstruction", "kl", "adversarial", "discriminator"}
     for trained in (module.network, module.discriminator):
         assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("preset", [("ldm_256/unconditional",)], indirect=True)
+def test_the_table_of_the_published_model_is_what_is_configured(preset):
+    config, _, model, _ = preset
+    ldm = plain(config.ldm)
+    channels = [224 * factor for factor in (1, 2, 3, 4)]
+    assert ldm["network"]["channels"] == ldm["network"]["num_head_channels"] == channels  # one head a level
+    assert ldm["network"]["attention_levels"] == [False, True, True, True]
+    assert (ldm["optimizer"]["lr"], ldm["batch_size"], ldm["max_steps"]) == (9.6e-5, 48, 410_000)
+    assert (model.schedule.num_train_timesteps, model.prediction_type) == (1000, "epsilon")
+    assert model.latent_shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("preset", [("ldm_256/text_conditional", CLASSES)], indirect=True)
