@@ -26,6 +26,7 @@ from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
+from ldm.diffusion.checks import check_count
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instruments, merged
@@ -141,6 +142,10 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
     posthoc_ema(ldm)
     with_defaults(ldm["conditioners"])
+    if ldm["patience"] is not None:
+        check_count("ldm.patience", ldm["patience"])
+        if ldm["target"] != "labels":
+            raise LdmError("ldm.patience counts validations without a better Dice: it needs ldm.target=labels.")
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
@@ -444,4 +449,5 @@ def segmentation_panels(
         truth = classes.classes(item["labels"]).numpy()  # (*S)
         record = datamodule.cohort.records[item["index"]]
         cases.append(Case(record.id, record.subject, item["image"][channels].numpy(), truth))
-    return SegmentationPanels(run_dir, cases, config.ldm.val_members, config.ldm.val_steps, config.ldm.keep_best)
+    ldm = config.ldm
+    return SegmentationPanels(run_dir, cases, ldm.val_members, ldm.val_steps, ldm.keep_best, ldm.patience)

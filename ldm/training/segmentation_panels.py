@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from ldm.metrics.segmentation import dice
 from ldm.model.ensemble import draw_ensembles
 from ldm.model.file import read_header
 from ldm.training import figures
+from ldm.training.logging import read_metrics
 from ldm.training.panels import FigureCallback
+
+logger = logging.getLogger(__name__)
 
 METRIC = "ldm/val/dice"
 SHOWN = 4
@@ -48,17 +52,45 @@ class SegmentationPanels(FigureCallback):
         members: label maps an image.
         steps: network calls each.
         keep_best: also keep the model of the best Dice so far, as ``model-best.safetensors``.
+        patience: validations in a row without a better Dice, after which training stops; None for never.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case], members: int, steps: int, keep_best: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cases: Sequence[Case],
+        members: int,
+        steps: int,
+        keep_best: bool = False,
+        patience: int | None = None,
+    ) -> None:
         super().__init__(folder)
         self.cases, self.members, self.steps = list(cases), members, steps
         self.best = Path(folder) / "model-best.safetensors" if keep_best else None
+        self.patience, self.scores = patience, []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Count validations of earlier sessions too; a run that has stopped by itself does not go on."""
+        path = self.folder.parent / "metrics.jsonl"
+        self.scores = [value for _, value in read_metrics(path).get(METRIC, [])] if path.is_file() else []
+        self._stop_when_stale(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Segment, compare, draw."""
-        if not trainer.is_global_zero or not self.cases:
+        """Segment, compare, draw; stop where that was long in vain."""
+        if trainer.is_global_zero and self.cases:
+            self._validate(trainer, module)
+        self._stop_when_stale(trainer)
+
+    def _stop_when_stale(self, trainer: Trainer) -> None:
+        """All ranks stop together; only the first one knows the scores."""
+        if self.patience is None:
             return
+        since = len(self.scores) - 1 - int(np.argmax(self.scores)) if self.scores else 0
+        if trainer.strategy.broadcast(since >= self.patience):
+            logger.info("No better %s in %d validations: training stops.", METRIC, since)
+            trainer.should_stop = True
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
         model, names = module.model.eval(), [case.id for case in self.cases]
         ensembles = draw_ensembles(
             model, [case.image for case in self.cases], names, self.members, num_inference_steps=self.steps
@@ -67,6 +99,7 @@ class SegmentationPanels(FigureCallback):
         scores = class_dice(found, self.cases, model.classes.names)
         mean = float(np.mean(list(scores.values())))
         module.record({METRIC: mean, **{f"ldm/val/dice/{name}": value for name, value in scores.items()}})
+        self.scores.append(mean)
         self._keep(module, mean)
         rows = [
             panel_row(case.image, case.truth, one.labels, 1 - one.mean[0], one.variance)

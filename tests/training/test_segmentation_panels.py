@@ -1,0 +1,48 @@
+"""Training of a model of label maps stops where its Dice has long not become better, also over sessions."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ldm.training.segmentation_panels import METRIC, Case, SegmentationPanels
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Validate once a score, as training would; returns after how many it was stopped, or None."""
+
+    def run(scores, patience):
+        case = Case("a", "a", np.zeros((1, 2, 2)), np.zeros((2, 2)))
+        panels = SegmentationPanels(tmp_path, [case], 1, 1, patience=patience)
+        strategy = SimpleNamespace(broadcast=lambda value: value)
+        trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, should_stop=False)
+        panels.on_train_start(trainer, None)
+        for count, score in enumerate(scores, 1):
+            if trainer.should_stop:
+                return count - 1
+            monkeypatch.setattr(panels, "_validate", lambda *_, score=score: panels.scores.append(score))
+            panels.on_validation_end(trainer, None)
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": count, "time": 0, METRIC: score}) + "\n")
+        return len(scores) if trainer.should_stop else None
+
+    return run
+
+
+def test_it_stops_after_so_many_validations_without_a_better_one(train):
+    assert train([0.1, 0.5, 0.4, 0.5, 0.9], patience=2) == 4
+
+
+def test_it_goes_on_while_it_gets_better(train):
+    assert train([0.1, 0.2, 0.1, 0.3, 0.2], patience=2) is None
+
+
+def test_without_patience_nothing_stops_it(train):
+    assert train([0.5, 0.4, 0.3, 0.2], patience=None) is None
+
+
+def test_a_run_that_has_stopped_by_itself_does_not_go_on(train):
+    assert train([0.5, 0.4, 0.3], patience=2) == 3
+    assert train([0.9], patience=2) == 0
