@@ -525,10 +525,13 @@ def plot(groups: Sequence[Row], path: Path) -> None:
     panels: dict[tuple[str, float], list[Row]] = {}
     for group in groups:
         panels.setdefault((group["model"], group["guidance_scale"]), []).append(group)
-    figure = Figure(figsize=(5.2 * len(panels), 4))
-    for axis, ((model, scale), rows) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4 * lines))
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, ((model, scale), rows) in zip(axes, panels.items(), strict=False):
         for mark in (row for row in rows if row["is_mark"]):
             axis.axhline(mark["mean"], color="0.4", linewidth=1)
             width = mark["std"] or 0.0
