@@ -548,7 +548,7 @@ def scale_axes(axis: Any, calls: Sequence[int]) -> None:
     """Both logarithmic, with numbers that are read at a glance."""
     axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
     axis.set_xticks([tick for tick in TICKS if calls and min(calls) <= tick <= max(calls)])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.minorticks_off()
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter("{x:g}")
