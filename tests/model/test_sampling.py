@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,3 +160,11 @@ def test_a_model_that_never_hid_its_covariates_neither_goes_without_nor_is_guide
         made.sample({"age": 50.0, "sex": "F"}, n=1, guidance_scale=2.0)
     unconditional = model([AGE], "none", learned_null=False)
     unconditional.sample(n=1)
+
+
+def test_a_sample_is_the_same_alone_and_among_eight():
+    made = model([AGE], "adaptive_norm", sampling={"num_inference_steps": 6})
+    rows = [{"age": 40.0 + 5 * k} for k in range(8)]
+    together, alone = (made.sample(rows, seed=3, batch_size=size).images for size in (8, 1))
+    np.testing.assert_allclose(alone, together, rtol=1e-3, atol=1e-3)
+    assert np.abs(together[0] - together[1]).max() > 0.1
