@@ -9,7 +9,7 @@ VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor trai
   detect evaluate compare audit
 
 SEGMENTATION = runs/demo_segmentation/simulated_tumour_slices
-ANOMALY = intensity_channel=FLAIR steps=50 batch_size=32 "sweep.levels=[300,500]"
+ANOMALY = intensity_channel=FLAIR steps=25 batch_size=32 "sweep.levels=[300,400]" "sweep.scales=[30,100]"
 
 .PHONY: help setup demo demo-segmentation demo-anomaly $(VERBS) test lint clean
 

@@ -47,8 +47,10 @@ logger = logging.getLogger("ldm")
 def main() -> None:
     """Entry point of the console script."""
     try:
-        _run(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            _run(sys.argv[1:])
+        finally:  # also on the way out of --help, which ends in SystemExit
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
         raise SystemExit(1) from None

@@ -32,7 +32,15 @@ def test_covariates_mask_and_text_together(ldm, tiny, tmp_path, cohort_root):
     people = pd.read_csv(cohort_root / "participants.tsv", sep="\t").head(2)
     people[["participant_id", "age"]].to_csv(tmp_path / "asked.tsv", sep="\t", index=False)
     mask = f"mask='{cohort_root}/{{participant_id}}/anat/{{participant_id}}_dseg.nii.gz'"
-    asked = ("sample", *tiny, *FAST, "covariates=asked.tsv", mask, "out=drawn", "guidance_scale={mask: 2.0, age: 1.5}")
+    asked = (
+        "sample",
+        *tiny,
+        *FAST,
+        "covariates=asked.tsv",
+        mask,
+        "out=drawn",
+        "guidance_scale={mask: 2.0, brain_mm3: 1.5}",
+    )
     code, text = ldm(*asked, "text='MRI of a 60-year-old man'")
     assert not code, text
     table = pd.read_csv(tmp_path / "drawn/participants.tsv", sep="\t")
