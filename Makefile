@@ -9,9 +9,8 @@ VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor trai
   detect evaluate compare audit
 
 SEGMENTATION = runs/demo_segmentation/simulated_tumour_slices
-ANOMALY = intensity_channel=FLAIR steps=25 batch_size=32 "sweep.levels=[300,400]" "sweep.scales=[30,100]"
 
-.PHONY: help setup demo demo-segmentation demo-anomaly $(VERBS) test lint clean
+.PHONY: help setup demo demo-segmentation $(VERBS) test lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,14 +42,6 @@ demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusio
 	$(LDM) segment experiment=demo_segmentation/demo model=$(SEGMENTATION)/segmenter/model.safetensors evaluate=true out=$(SEGMENTATION)/peer
 	$(LDM) segment experiment=demo_segmentation/demo evaluate=true "beside={U-Net: $(SEGMENTATION)/peer}"
 	@echo "Report: $(CURDIR)/$(SEGMENTATION)/segmentation/report.html"
-
-demo-anomaly: $(VENV)/.installed ## simulated tumours found without masks: at most 15 minutes on 2 CPU cores
-	$(LDM) check experiment=demo_anomaly/demo
-	$(LDM) train-ldm experiment=demo_anomaly/demo
-	$(LDM) train-classifier experiment=demo_anomaly/demo
-	$(LDM) detect experiment=demo_anomaly/demo $(ANOMALY) tune=true out=runs/demo_anomaly/tuning
-	$(LDM) detect experiment=demo_anomaly/demo $(ANOMALY)
-	@echo "Numbers and pictures: $(CURDIR)/runs/demo_anomaly/simulated_tumour_slices/detection"
 
 $(VERBS): $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
 	$(LDM) $@ $(ARGS)
