@@ -41,6 +41,7 @@ from ldm.training.vae import psnr
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = ("test", "valid")  # splits that no stage is trained on
 SHOWN = 16
 MASK_ROWS = {
     "samples": masks.SAMPLES,
@@ -91,7 +92,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "goals": goals,
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
         "seeds": seeds,
-        "reconstruction": None if rebuilt is None else quality(real.images, rebuilt, value_range),
+        "reconstruction": None if rebuilt is None else quality(real.images, rebuilt, value_range, records),
         "diversity": diversity(model, real.images, rebuilt, real.rows, samples.images, config.n, repeated, value_range),
         "ms_ssim": within(real, rebuilt, once, further, value_range, config),
     }
@@ -250,7 +251,7 @@ def held_out(
     """
     images, rows, records = [], [], []
     chosen = [datamodule.preprocessing.channels.index(name) for name in channels]
-    for split in ("test", "valid"):
+    for split in HELD_OUT:
         dataset = datamodule.dataset(split)
         for position in range(len(dataset)):
             item = dataset[position]
@@ -295,11 +296,23 @@ def reconstructions(
 
 
 def quality(
-    real: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray], value_range: tuple[float, float]
-) -> dict[str, float]:
-    """PSNR in dB of the reconstructions."""
+    real: Sequence[np.ndarray],
+    rebuilt: Sequence[np.ndarray],
+    value_range: tuple[float, float],
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    """PSNR in dB of the reconstructions: of all held-out images and, with two held-out splits, of each split."""
     span = value_range[1] - value_range[0]
     values = [psnr(torch.from_numpy(x), torch.from_numpy(y), span) for x, y in zip(real, rebuilt, strict=True)]
+    found = mean_psnr(values)
+    splits = {name: [v for v, one in zip(values, records, strict=True) if one.split == name] for name in HELD_OUT}
+    if all(splits.values()):
+        found["splits"] = {name: mean_psnr(some) for name, some in splits.items()}
+    return found
+
+
+def mean_psnr(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation and number of PSNRs."""
     return {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "n": len(values)}
 
 

@@ -59,7 +59,7 @@ FULL = {
     "distances": distances(),
     "ms_ssim": within(),
     "fidelity": condition(),
-    "reconstruction": {"psnr_mean": 30.0, "psnr_std": 1.0, "n": 12},
+    "reconstruction": {"psnr_mean": 30.0, "psnr_std": 1.0, "n": 12, "splits": {"test": {"psnr_mean": 29.0, "n": 4}}},
     "model": {"parameters": "1 M"},
 }
 
@@ -160,6 +160,7 @@ def test_the_page_copes_with_missing_parts_and_needs_nothing_else(tmp_path, miss
     for reference in ("http", 'src="/', "<script", "@import", "url("):
         assert reference not in text
     assert ("known to be worse" in text) == ("distances" in metrics)
+    assert ("the 4 of the test split 29.0 dB" in text) == ("reconstruction" in metrics)
     assert ("that the truth is known" in text) == metrics.get("simulated", False)
 
 
