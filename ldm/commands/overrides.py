@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
@@ -37,7 +37,10 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
         _check_options(conf_dir, override)
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         choices = [f"{group.key_or_group}={_choices(group)[0]}" for group in groups if _choices(group)]
-        config = compose(config_name, choices, return_hydra_config=True)
+        try:
+            config = compose(config_name, choices, return_hydra_config=True)
+        except ConfigCompositionException as error:
+            raise LdmError(f"The configuration cannot be put together: {error}") from error
     for override in parsed:
         if override not in groups and not (override.is_add() or override.is_force_add()):
             _check_key(config, override.key_or_group, config_name.removeprefix("train-"))

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from ldm.commands.overrides import check_overrides
+from ldm.errors import LdmError
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
@@ -26,6 +29,14 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
     assert code
     assert expected in text
     assert "Traceback" not in text
+
+
+def test_files_that_do_not_fit_together_are_named(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ndata: {instrument: [a, b]}\n")
+    (tmp_path / "check.yaml").write_text("defaults: [_self_, {experiment: null}]\ndata: {instrument: {kind: a}}\n")
+    with pytest.raises(LdmError, match=r"cannot be put together: In 'experiment/mine'.*"):
+        check_overrides(tmp_path, "check", ["experiment=mine"])
 
 
 def test_a_missing_first_stage_says_what_to_run(ldm, tiny):
