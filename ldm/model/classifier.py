@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from ldm.diffusion.process import schedule_from_dict
 from ldm.diffusion.schedule import Schedule, Step
 from ldm.errors import LdmError
 from ldm.model.build import construct
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, tensors_hash, write_model
+from ldm.model.file import tensors_hash
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.trained import TrainedNetwork
 from ldm.networks.classifier import NoisyClassifier
-from ldm.networks.frozen import freeze
 from ldm.precision import autocast
 
 KIND = "classifier"
@@ -49,7 +48,7 @@ def noisy_space(model: LatentDiffusionModel) -> dict[str, Any]:
 
 
 @dataclass
-class Classifier:
+class Classifier(TrainedNetwork):
     """A trained classifier of noisy latents.
 
     Attributes:
@@ -61,6 +60,9 @@ class Classifier:
         facts: cohort, split hash, hash of the diffusion model it was trained beside.
     """
 
+    kind = KIND
+    build = staticmethod(build_classifier)
+
     network: NoisyClassifier
     config: Mapping[str, Any]
     target: Covariate
@@ -71,38 +73,15 @@ class Classifier:
     def __post_init__(self) -> None:
         self.schedule: Schedule = schedule_from_dict(self.space["schedule"])
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the tensors, the file's ``tensors_sha256``."""
-        return tensors_hash(self.network.state_dict())
-
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically."""
-        header = {
-            "kind": KIND,
-            "network": dict(self.config),
-            "target": CovariateSchema([self.target]).to_dict(),
-            "space": dict(self.space),
-            "metrics": dict(self.metrics),
-            "facts": dict(self.facts),
-        }
-        write_model(path, self.network.state_dict(), header)
+    def description(self) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {"target": CovariateSchema([self.target]).to_dict(), "space": dict(self.space)}
 
     @classmethod
-    @names_the_file
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-        """Read a file that :meth:`save` wrote; the network is frozen.
-
-        Raises:
-            LdmError: not such a file, or tensors and description do not fit each other.
-        """
-        header = read_header(Path(path), KIND)
-        network = build_classifier(header["network"])
-        load_strict(network, read_tensors(Path(path)), Path(path))
+    def further_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
         (target,) = CovariateSchema.from_dict(header["target"])
-        return cls(
-            freeze(network.to(device)), header["network"], target, header["space"], header["metrics"], header["facts"]
-        )
+        return {"target": target, "space": header["space"]}
 
     def expect_space_of(self, model: LatentDiffusionModel) -> None:
         """Refuse a diffusion model of other latents or another schedule.

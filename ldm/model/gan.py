@@ -18,7 +18,7 @@ from ldm.data.schema import CovariateSchema
 from ldm.diffusion import noise
 from ldm.errors import LdmError, nearest
 from ldm.model.build import construct
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors
 from ldm.model.generative import CovariateRow, Generative, Samples
 from ldm.model.inputs import Inputs, check_inputs
 from ldm.networks.gan import Encoder, Generator
@@ -82,7 +82,7 @@ class ConditionalGenerator(nn.Module):
         return self.generator(z, self.embed(condition))
 
 
-class GAN(Generative, nn.Module):
+class GAN(Generative):
     """An LSGAN or the generator and encoder of a VAE-GAN, with the data's description.
 
     Use :meth:`load`; the constructor is for training. Images come from :meth:`sample`, as of a
@@ -94,6 +94,8 @@ class GAN(Generative, nn.Module):
         schema: covariates the model knows.
         distribution: description of the training covariates, used when none are asked for.
     """
+
+    kind = KIND
 
     def __init__(
         self,
@@ -117,17 +119,6 @@ class GAN(Generative, nn.Module):
         return self.network.generator.start.weight.device
 
     # --- one file -----------------------------------------------------------------------------------
-
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically; the file alone is enough to sample."""
-        header = {
-            **self.header,
-            "kind": KIND,
-            "preprocessing": self.preprocessing.to_dict(),
-            "schema": self.schema.to_dict(),
-            "distribution": None if self.distribution is None else self.distribution.to_dict(),
-        }
-        write_model(path, self.state_dict(), header)
 
     @classmethod
     @names_the_file

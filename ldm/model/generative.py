@@ -9,7 +9,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
+from ldm.model.file import write_model
 from ldm.model.inputs import Inputs, as_lists, check_inputs, input_names
 
 logger = logging.getLogger(__name__)
@@ -44,10 +46,11 @@ class Samples:
     indices: list[int]
 
 
-class Generative(ABC):
+class Generative(nn.Module, ABC):
     """A model that draws images from (seed, number of the sample, covariates), and describes the data it learned from.
 
     Attributes:
+        kind: what the file's header calls it.
         header: the description that is written into the file.
         preprocessing: how scans became model input, and the way back.
         schema: covariates the model knows.
@@ -59,6 +62,7 @@ class Generative(ABC):
         reconstructs: whether :meth:`reconstruct` is possible.
     """
 
+    kind: ClassVar[str]
     header: dict[str, Any]
     preprocessing: Preprocessing
     schema: CovariateSchema
@@ -78,6 +82,17 @@ class Generative(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model computes."""
+
+    def save(self, path: Path) -> None:
+        """Write ``model.safetensors`` atomically; the file alone is enough to sample."""
+        header = {
+            **self.header,
+            "kind": self.kind,
+            "preprocessing": self.preprocessing.to_dict(),
+            "schema": self.schema.to_dict(),
+            "distribution": None if self.distribution is None else self.distribution.to_dict(),
+        }
+        write_model(path, self.state_dict(), header)
 
     @abstractmethod
     def settings(self, options: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
 from ldm.model.editing import Editing
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors
 from ldm.model.generative import CovariateRow, Generative, Samples
 from ldm.model.inputs import Inputs, encode_condition, input_names
 from ldm.model.network import ConditionalDenoiser, with_new_names
@@ -74,7 +74,7 @@ class SamplingOptions:
             guidance.check_interval(self.guidance_interval)
 
 
-class LatentDiffusionModel(Editing, Generative, nn.Module):
+class LatentDiffusionModel(Editing, Generative):
     """First stage, latent statistics, denoiser, conditioners and schedule, with the data's description.
 
     Use :meth:`load`; the constructor is for training. Images come from :meth:`sample`::
@@ -92,6 +92,7 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
         distribution: description of the training covariates, used when none are asked for.
     """
 
+    kind = KIND
     what = "diffusion model"
     reconstructs = True
 
@@ -136,17 +137,6 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
 
     # --- one file -----------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically; the file alone is enough to sample."""
-        header = {
-            **self.header,
-            "kind": KIND,
-            "preprocessing": self.preprocessing.to_dict(),
-            "schema": self.schema.to_dict(),
-            "distribution": None if self.distribution is None else self.distribution.to_dict(),
-        }
-        write_model(path, self.state_dict(), header)
-
     @classmethod
     @names_the_file
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionModel:
@@ -181,16 +171,7 @@ class LatentDiffusionModel(Editing, Generative, nn.Module):
         inputs: Inputs | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
-        """Draw samples ``indices`` batch by batch, so that any number fits in memory.
-
-        Args:
-            rows: one covariate row a sample.
-            indices: number of each sample in its run.
-            seed, batch_size: see :meth:`sample`.
-            precision: ``auto``, ``bf16`` or ``float32``.
-            inputs: one value a sample, by the name of its conditioner.
-            options: override the stored :class:`SamplingOptions`.
-        """
+        """Draw samples ``indices`` batch by batch; see :meth:`Generative.sample_batches`."""
         settings = self.settings(options)
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)

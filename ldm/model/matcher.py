@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.model.build import construct
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, tensors_hash, write_model
-from ldm.model.first_stage import freeze
+from ldm.model.trained import TrainedNetwork
 from ldm.networks.matcher import EmbeddingResNet
 from ldm.precision import autocast
 
@@ -32,7 +30,7 @@ def build_matcher(config: Mapping[str, Any]) -> EmbeddingResNet:
 
 
 @dataclass
-class Matcher:
+class Matcher(TrainedNetwork):
     """A trained matcher, and what it was trained on.
 
     Attributes:
@@ -44,6 +42,9 @@ class Matcher:
         facts: cohort, split hash, steps.
     """
 
+    kind = KIND
+    build = staticmethod(build_matcher)
+
     network: EmbeddingResNet
     config: Mapping[str, Any]
     preprocessing: Preprocessing
@@ -51,42 +52,14 @@ class Matcher:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the tensors, the file's ``tensors_sha256``."""
-        return tensors_hash(self.network.state_dict())
-
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically."""
-        header = {
-            "kind": KIND,
-            "network": dict(self.config),
-            "preprocessing": self.preprocessing.to_dict(),
-            "views": dict(self.views),
-            "metrics": dict(self.metrics),
-            "facts": dict(self.facts),
-        }
-        write_model(path, self.network.state_dict(), header)
+    def description(self) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {"preprocessing": self.preprocessing.to_dict(), "views": dict(self.views)}
 
     @classmethod
-    @names_the_file
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Matcher:
-        """Read a file that :meth:`save` wrote; the network is frozen.
-
-        Raises:
-            LdmError: not such a file, or tensors and description do not fit each other.
-        """
-        header = read_header(Path(path), KIND)
-        network = build_matcher(header["network"])
-        load_strict(network, read_tensors(Path(path)), Path(path))
-        return cls(
-            freeze(network.to(device)),
-            header["network"],
-            Preprocessing.from_dict(header["preprocessing"]),
-            header["views"],
-            header["metrics"],
-            header["facts"],
-        )
+    def further_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {"preprocessing": Preprocessing.from_dict(header["preprocessing"]), "views": header["views"]}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema, Value
 from ldm.errors import LdmError
 from ldm.model.build import construct
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, tensors_hash, write_model
-from ldm.model.first_stage import freeze
+from ldm.model.trained import TrainedNetwork
 from ldm.networks.predictor import PooledResNet
 from ldm.precision import autocast
 
@@ -104,7 +102,7 @@ class Targets:
 
 
 @dataclass
-class Predictor:
+class Predictor(TrainedNetwork):
     """A trained network that predicts covariates, and what it was trained on.
 
     Attributes:
@@ -116,6 +114,9 @@ class Predictor:
         facts: cohort, split hash.
     """
 
+    kind = KIND
+    build = staticmethod(build_predictor)
+
     network: PooledResNet
     config: Mapping[str, Any]
     targets: Targets
@@ -123,44 +124,22 @@ class Predictor:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the tensors, the file's ``tensors_sha256``."""
-        return tensors_hash(self.network.state_dict())
-
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically."""
-        header = {
-            "kind": KIND,
-            "network": dict(self.config),
+    def description(self) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {
             "targets": self.targets.schema.to_dict(),
             "moments": {name: list(pair) for name, pair in self.targets.moments.items()},
             "preprocessing": self.preprocessing.to_dict(),
-            "metrics": dict(self.metrics),
-            "facts": dict(self.facts),
         }
-        write_model(path, self.network.state_dict(), header)
 
     @classmethod
-    @names_the_file
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """Read a file that :meth:`save` wrote; the network is frozen.
-
-        Raises:
-            LdmError: not such a file, or tensors and description do not fit each other.
-        """
-        header = read_header(Path(path), KIND)
-        network = build_predictor(header["network"])
-        load_strict(network, read_tensors(Path(path)), Path(path))
+    def further_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
         moments = {name: (float(mean), float(std)) for name, (mean, std) in header["moments"].items()}
-        return cls(
-            freeze(network.to(device)),
-            header["network"],
-            Targets(CovariateSchema.from_dict(header["targets"]), moments),
-            Preprocessing.from_dict(header["preprocessing"]),
-            header["metrics"],
-            header["facts"],
-        )
+        return {
+            "targets": Targets(CovariateSchema.from_dict(header["targets"]), moments),
+            "preprocessing": Preprocessing.from_dict(header["preprocessing"]),
+        }
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from torch import nn
 
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
-from ldm.networks.frozen import freeze
+from ldm.model.trained import TrainedNetwork
 from ldm.precision import autocast
 
 KIND = "segmenter"
@@ -42,7 +40,7 @@ def build_segmenter(config: Mapping[str, Any]) -> nn.Module:
 
 
 @dataclass
-class Segmenter:
+class Segmenter(TrainedNetwork):
     """A trained segmentation network and what it was trained on.
 
     Attributes:
@@ -54,6 +52,9 @@ class Segmenter:
         facts: cohort, split hash.
     """
 
+    kind = KIND
+    build = staticmethod(build_segmenter)
+
     network: nn.Module
     config: Mapping[str, Any]
     labels: LabelClasses
@@ -61,33 +62,20 @@ class Segmenter:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Write ``model.safetensors`` atomically."""
-        header = {
-            "kind": KIND,
-            "network": dict(self.config),
+    def description(self) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {
             "labels": {name: list(values) for name, values in self.labels.values.items()},
             "preprocessing": self.preprocessing.to_dict(),
-            "metrics": dict(self.metrics),
-            "facts": dict(self.facts),
         }
-        write_model(path, self.network.state_dict(), header)
 
     @classmethod
-    @names_the_file
-    def load(cls, path: str | Path) -> Segmenter:
-        """Read a file that :meth:`save` wrote; the network is frozen."""
-        header = read_header(Path(path), KIND)
-        network = build_segmenter(header["network"])
-        load_strict(network, read_tensors(Path(path)), Path(path))
-        return cls(
-            freeze(network),
-            header["network"],
-            LabelClasses.from_config(header["labels"]),
-            Preprocessing.from_dict(header["preprocessing"]),
-            header["metrics"],
-            header["facts"],
-        )
+    def further_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`TrainedNetwork`."""
+        return {
+            "labels": LabelClasses.from_config(header["labels"]),
+            "preprocessing": Preprocessing.from_dict(header["preprocessing"]),
+        }
 
     @torch.no_grad()
     def probabilities(self, images: np.ndarray, dropout: bool = False) -> np.ndarray:
