@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, anomaly_map
 from ldm.applications.cases import Case, Truth, load_case
 from ldm.data.draft import Record
+from ldm.files import write_npz
 from ldm.model.build import PIXELS
 
 STORED = "model_space"  # below the output folder: what was computed, so that an interrupted run goes on
@@ -89,7 +88,7 @@ def look_at(
     Args:
         detector, options: what makes them, and how.
         records: of images on which ``truth`` is known or not.
-        folder: of this very request; see `ldm.applications.detection_output.settle_request`.
+        folder: of this very request; see `ldm.model.provenance.settle_request`.
         comparison: what to make beside them.
         batch_size: images computed together.
         seed: with an image's number it fixes the noise of partial noising.
@@ -105,7 +104,7 @@ def look_at(
         if todo:
             made = _make(detector, [cases[k] for k in todo], options, comparison, [indices[k] for k in todo], seed)
             for k, arrays in zip(todo, made, strict=True):
-                _write(paths[k], arrays)
+                write_npz(paths[k], {name: array.astype(np.float32) for name, array in arrays.items()})
         for case, path in zip(cases, paths, strict=True):
             yield Found(case, **_read(path))
         progress(len(cases))
@@ -138,15 +137,6 @@ def maps_of(founds: Sequence[Found], options: DetectionOptions, name: str = "hea
     """Anomaly maps ``(N, *S)`` against one of the arrays of `Found`."""
     images = np.stack([found.case.image for found in founds])
     return anomaly_map(images, np.stack([getattr(found, name) for found in founds]), options)
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez_compressed(content, **{name: array.astype(np.float32) for name, array in arrays.items()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.getvalue())
-    os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,7 @@ from ldm.applications.cases import Case
 from ldm.data import images
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
-from ldm.errors import LdmError
-from ldm.model.file import package_versions
-from ldm.model.output import PROVENANCE, WRITTEN
+from ldm.files import write_text
 
 TABLE = "scores.tsv"
 
@@ -83,43 +78,9 @@ def write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return write_text(path, text.getvalue())
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "n/a"
     if isinstance(value, bool):
         return str(int(value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def settle_request(folder: Path, request: Mapping[str, Any]) -> None:
-    """Write ``provenance.json``, or refuse a folder that holds the results of another request.
-
-    Args:
-        folder: made if it is not there.
-        request: what the results depend on, JSON-safe.
-
-    Raises:
-        LdmError: naming what differs.
-    """
-    path = folder / PROVENANCE
-    request = json.loads(json.dumps(request, sort_keys=True))
-    if path.is_file():
-        stored = json.loads(path.read_text())
-        stored.pop(WRITTEN, None)
-        differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
-        if differing:
-            raise LdmError(
-                f"{folder} holds the results of another request ({', '.join(differing)} differ). Choose another "
-                "out=..., or remove the folder."
-            )
-    written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-    write_text(path, json.dumps({**request, WRITTEN: written}, indent=1))

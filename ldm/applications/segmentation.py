@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +22,16 @@ from ldm.data.labels import LabelClasses
 from ldm.data.prepare import write_table
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError, nearest
+from ldm.files import write_json, write_npz
 from ldm.model.ensemble import Ensemble, draw_ensembles
-from ldm.model.file import package_versions
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.provenance import settle_request
 from ldm.model.segmenter import Segmenter
 from ldm.training import figures
 from ldm.training.segmentation_panels import panel_row
 
-TABLE, PROVENANCE, PANEL = "volumes.tsv", "provenance.json", "panel.png"
+TABLE, PANEL = "volumes.tsv", "panel.png"
 COLUMNS = ("participant_id", "class", "volume", "members_mean", "low", "high", "unit")
-WRITTEN = "written"  # when and by which versions: may change from one session of a request to the next
 INTERVAL = (2.5, 97.5)  # percentiles of the members' volumes
 SHOWN = 6  # subjects in the panel
 
@@ -277,7 +273,7 @@ def segment(
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise LdmError(f"{count} subjects are called '{name}'; names of results have to differ.")
-    _same_request(out, {**source.facts, **provenance, "subjects": names})
+    settle_request(out, {**source.facts, **provenance, "subjects": names}, "*_volumes.json")
     pending = [record for record in records if not _volumes_file(out, record).is_file()]
     if progress is not None:
         progress(len(records) - len(pending))
@@ -300,7 +296,7 @@ def write_result(out: Path, record: Record, result: Result, source: Source, geom
     if source.preprocessing.spatial_dims == 2:
         images.write(out / f"{record.id}_dseg.png", stored)
         arrays = {"mean": result.mean, "variance": result.variance, "entropy": result.entropy, "members": members}
-        _write_npz(out / f"{record.id}.npz", arrays)
+        write_npz(out / f"{record.id}.npz", arrays)
     else:
         written = {"mean": result.mean, "variance": result.variance[None], "entropy": result.entropy[None]}
         for name, array in written.items():
@@ -374,40 +370,3 @@ def _nifti(array: np.ndarray, geometry: Geometry) -> nib.Nifti1Image:
     image.set_qform(image.affine, code=code)
     image.header.set_xyzt_units("mm")
     return image
-
-
-def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".npz", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content.getvalue())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
-def _same_request(out: Path, facts: Mapping[str, Any]) -> None:
-    """Write the provenance; refuse a folder with results of another.
-
-    Raises:
-        LdmError: naming what differs.
-    """
-    path, record = out / PROVENANCE, json.loads(json.dumps(facts, sort_keys=True, default=dict))
-    if path.is_file() and any(out.glob("*_volumes.json")):
-        stored = json.loads(path.read_text())
-        stored.pop(WRITTEN, None)
-        differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
-        if differing:
-            raise LdmError(
-                f"{out} holds results of another request ({', '.join(differing)} differ). Choose another out=..., or "
-                "remove the folder."
-            )
-    written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-    write_json(path, {**record, WRITTEN: written})

@@ -14,9 +14,9 @@ import numpy as np
 
 from ldm.applications.anomaly import DetectionOptions, Detector, anomaly_map, image_scores
 from ldm.applications.cases import Case
-from ldm.applications.detection_output import write_text
 from ldm.data.draft import Record
 from ldm.errors import LdmError
+from ldm.files import write_json
 from ldm.metrics.detection import Reference, best_threshold, image_auroc, voxel_auprc
 from ldm.model.file import read_header
 
@@ -153,7 +153,7 @@ def write_choices(model_path: Path, guide: str, entry: Mapping[str, Any]) -> Pat
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         guides = {}
     content = {"model_sha256": sha256, "guides": {**guides, guide: dict(entry)}}
-    return write_text(path, json.dumps(content, indent=1))
+    return write_json(path, content)
 
 
 def apply_choices(

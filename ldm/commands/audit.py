@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from ldm.errors import LdmError
 from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit
 from ldm.evaluation.audit_report import pair_pictures, write_audit_page
 from ldm.evaluation.spaces import check_matcher
+from ldm.files import write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
-from ldm.model.output import PROVENANCE, as_written, in_model_space
+from ldm.model.output import as_written, in_model_space
+from ldm.model.provenance import PROVENANCE
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def run(config: DictConfig) -> AuditResult:
     linked = plain(config.data).get("subjects_linked", True)
     result = audit(synthetic, train, held_out, matcher, model, settings, value_range, linked, protocol, _watch)
     pictures = pair_pictures(result, synthetic, train, folder / "figures", recipe.value_range, recipe.is_rgb)
-    _write_json(folder / "audit.json", result.to_dict())
+    write_json(folder / "audit.json", result.to_dict())
     page = write_audit_page(folder / "audit.html", result.to_dict(), pictures)
     for line in result.lines:
         logger.log(logging.INFO if result.passed else logging.WARNING, "%s", line)
@@ -178,10 +179,3 @@ def _watch(images: Iterable[np.ndarray], what: str) -> Iterable[np.ndarray]:
 
 def _device(model: LatentDiffusionModel | None) -> Any:
     return "cpu" if model is None else model.device
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)

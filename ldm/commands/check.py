@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from omegaconf import DictConfig
 from ldm.commands.stages import cohort_datamodule
 from ldm.data.checks import CheckReport, check_cohort
 from ldm.errors import LdmError
+from ldm.files import write_json
 
 
 def run(config: DictConfig) -> CheckReport:
@@ -22,11 +21,7 @@ def run(config: DictConfig) -> CheckReport:
     """
     datamodule = cohort_datamodule(config)
     report = check_cohort(datamodule.config, datamodule.cache_dir)
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".check.json.tmp"
-    temporary.write_text(json.dumps(report.to_dict(), indent=1))
-    os.replace(temporary, folder / "check.json")
+    write_json(Path(config.run_dir) / "check.json", report.to_dict())
     sys.stdout.write(report.render() + "\n")
     if report.stopping:
         raise LdmError(f"{len(report.stopping)} faults in cohort '{report.name}', listed above.")

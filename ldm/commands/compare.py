@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +36,7 @@ from ldm.evaluation.distances import (
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
 from ldm.evaluation.instruments import find_instruments, instrument_sections, merged
+from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
@@ -131,7 +130,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     )
     for name, row in rows.items():
         table["rows"][name] |= row.facts
-    write_text(folder / "compare.json", json.dumps(table, indent=1))
+    write_json(folder / "compare.json", table)
     write_text(folder / "compare.md", markdown(table))
     picture(entries, measure, subjects, config, folder)
     logger.info("The table, and a row of samples of every model at the same covariates: %s", folder / "compare.md")
@@ -357,11 +356,3 @@ def picture(entries: Sequence[Entry], measure: Measure, subjects: HeldOut, confi
     titles = [describe(subjects.rows[i]) for i in shown]
     rgb = model.preprocessing.is_rgb
     return figures.mosaic_rows(rows, folder / "compare.png", titles, measure.value_range, rgb)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

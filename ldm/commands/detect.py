@@ -16,7 +16,7 @@ from rich.progress import Progress, track
 from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, find_healthy, image_scores
 from ldm.applications.cases import Truth, folder_records, lesion_classes, load_case
 from ldm.applications.detection import STORED, Comparison, Found, comparison_of, look_at, maps_of
-from ldm.applications.detection_output import TABLE, settle_request, write_case, write_scores, write_text
+from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
 from ldm.applications.tuning import (
     apply_choices,
@@ -37,9 +37,11 @@ from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Record
 from ldm.diffusion.checks import check_choice, check_count
 from ldm.errors import LdmError
+from ldm.files import write_json, write_text
 from ldm.metrics.detection import dice
 from ldm.model.classifier import Classifier
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.provenance import settle_request
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ def run(config: DictConfig) -> Path:
         thresholds = {name: one["threshold"] for name, one in baselines.items()} | {options.guide: threshold}
         metrics = evaluate(chosen, options, thresholds, channel, config.resamples, config.seed)
         metrics["chosen_on_these_images"] = bool(evaluated & tuned_ids(images, entry))
-        write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+        write_json(out / "metrics.json", metrics)
         logger.info("Against the truth:\n%s", write_text(out / "metrics.md", markdown(metrics)).read_text())
     logger.info("%d images: maps, healthy counterparts and %s are in %s", len(founds), TABLE, out)
     return table
@@ -319,7 +321,7 @@ def swept(
                     config.seed,
                     lambda count: bar.advance(task, count),
                 )
-                write_text(stored, json.dumps({"request": asked, "rows": rows}, indent=1))
+                write_json(stored, {"request": asked, "rows": rows})
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ldm.evaluation.instruments import Instrument, find_instruments
 from ldm.evaluation.masks import mask_dice, mask_segmenter
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
+from ldm.files import write_json
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
 from ldm.model.output import image_paths, in_model_space, sample_name
@@ -121,7 +121,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     keep_curves(model, config, folder / "figures")
     keep_audit(model, config, folder)
     metrics = {name: value for name, value in metrics.items() if value is not None}
-    _write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
     logger.info("Report: %s", write_report(folder))
     return metrics
 
@@ -236,7 +236,7 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     distances = folder_distances(network, real, synthetic, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
-    _write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
     goal = check_goals(plain(config.goals))["frechet_ratio"]
     logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
     return metrics
@@ -463,7 +463,7 @@ def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
         return
     content = json.loads(Path(config.audit).read_text())
     if content.get("model_sha256") == model.header["tensors_sha256"]:
-        _write_json(folder / "audit.json", content)
+        write_json(folder / "audit.json", content)
     else:
         logger.warning("%s is not of this model (ldm audit): it is not in the report.", config.audit)
 
@@ -479,9 +479,3 @@ def describe_model(model: Generative, config: DictConfig) -> dict[str, Any]:
         "sampling": ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None) or "one network call",
         "steps": model.header.get("steps", "unknown"),
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.errors import LdmError
+from ldm.files import write_text
 
 RUN_DIR = "LDM_RUN_DIR"  # tells further ranks where the first one writes
 SHARED = ("data", "vae", "ldm", "schedule", "experiment", "runs_dir", "seed")  # what means the same to every verb
@@ -50,10 +51,7 @@ def plain(node: DictConfig) -> dict[str, Any]:
 
 def write_config(config: DictConfig, folder: Path) -> None:
     """Write the resolved configuration to ``config.yaml``, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".config.{os.getpid()}.tmp"
-    OmegaConf.save(config, temporary, resolve=True)
-    os.replace(temporary, folder / "config.yaml")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def require_file(path: Path, what: str, verb: str) -> Path:

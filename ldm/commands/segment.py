@@ -18,7 +18,6 @@ from ldm.applications.segmentation import (
     check_labels,
     in_order,
     segment,
-    write_json,
 )
 from ldm.applications.segmentation_evaluation import METRICS, beside, evaluate, null_for_nan, report, verdict
 from ldm.commands.run import plain, require_file
@@ -27,6 +26,7 @@ from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.draft import Record
 from ldm.data.images import split_reference
 from ldm.errors import LdmError
+from ldm.files import write_json
 from ldm.model.file import read_header
 from ldm.model.latent_diffusion import KIND as DIFFUSION
 from ldm.model.latent_diffusion import LatentDiffusionModel

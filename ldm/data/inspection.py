@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from ldm.data import images
 from ldm.data.draft import Draft
 from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
+from ldm.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -243,10 +243,7 @@ def _load_cache(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _save_cache(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as handle:
-        json.dump({"version": CACHE_VERSION, "files": files}, handle)
-    os.replace(handle.name, path)
+    write_json(path, {"version": CACHE_VERSION, "files": files})
 
 
 def _from_json(entry: Mapping[str, Any]) -> FileFacts:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import logging
-import os
 import random
 import shutil
 import tempfile
@@ -20,6 +20,7 @@ import numpy as np
 
 from ldm.data import images
 from ldm.errors import LdmError, nearest
+from ldm.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +135,11 @@ PREPARERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a ``.tsv`` or ``.csv`` table; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix, dir=path.parent)
-    with os.fdopen(handle, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _download(url: str, md5: str, suffix: str, member: str, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ldm.evaluation.audit import AuditResult, Scans
+from ldm.files import write_text
 from ldm.training import figures
 
 CAUTION = "The pictures show training scans: this page is for those who may see these."
@@ -58,10 +58,7 @@ def audit_fragment(content: Mapping[str, Any], pictures: Mapping[str, Path] | No
 def write_audit_page(path: Path, content: Mapping[str, Any], pictures: Mapping[str, Path]) -> Path:
     """Write the audit's own page, atomically; arguments as in :func:`audit_fragment`."""
     page = _render("audit_page.html", content, {name: _embed(picture) for name, picture in pictures.items()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
-    return path
+    return write_text(path, page)
 
 
 def _render(template: str, content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from ldm.errors import LdmError
 from ldm.evaluation import goals, masks
 from ldm.evaluation.audit_report import audit_fragment
+from ldm.files import write_text
 
 CURVES = {"curves_first_stage.png": "first stage", "curves_model.png": "model"}
 AUDIT = "audit.json"
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
         curves=[(title, _embed(figures / name)) for name, title in CURVES.items() if (figures / name).is_file()],
         protocol=_protocol(metrics),
     )
-    return _write(folder / "report.html", page)
+    return write_text(folder / "report.html", page)
 
 
 def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapping[str, Any], goal: float) -> Path:
@@ -82,13 +82,13 @@ def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapp
         distances=distances,
         protocol={"Distances": _indented(distances["protocol"])},
     )
-    return _write(path, page)
+    return write_text(path, page)
 
 
 def write_page(path: Path, template: str, pictures: Mapping[str, Path], **content: Any) -> Path:
     """Write a page of another template; ``pictures`` are embedded under their names."""
     embedded = {name: _embed(picture) for name, picture in pictures.items()}
-    return _write(path, _template(template).render(pictures=embedded, **content))
+    return write_text(path, _template(template).render(pictures=embedded, **content))
 
 
 def _images(figures: Path) -> list[tuple[str, str]]:
@@ -153,13 +153,6 @@ def _read(path: Path, optional: bool = False) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LdmError(f"{path}: cannot be read ({error}); the report is made of it. Run ldm evaluate.") from error
-
-
-def _write(path: Path, page: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
-    return path
 
 
 def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.errors import LdmError
+from ldm.files import write_json
 from ldm.latents.space import LatentSpace
 
 CACHE_VERSION = 1
@@ -187,9 +187,7 @@ def _resume(work: Path, key: Mapping[str, Any]) -> dict[str, Any]:
 def _mark(work: Path, arrays: Mapping[str, np.memmap], progress: Mapping[str, Any]) -> None:
     for array in arrays.values():
         array.flush()
-    temporary = work / "progress.json.tmp"
-    temporary.write_text(json.dumps(progress))
-    os.replace(temporary, work / "progress.json")
+    write_json(work / "progress.json", progress)
 
 
 def _finite(value: Tensor, dtype: type, name: str, row: int) -> np.ndarray:

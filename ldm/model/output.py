@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,15 @@ import numpy as np
 
 from ldm.data import images
 from ldm.data.preprocessing import Preprocessing
-from ldm.errors import LdmError
-from ldm.model.file import package_versions
+from ldm.files import write_json, write_text
 from ldm.model.generative import Generative
 from ldm.model.inputs import Inputs
+from ldm.model.provenance import settle_request
 
 logger = logging.getLogger(__name__)
 
 TABLE = "participants.tsv"
-PROVENANCE = "provenance.json"
 Drawn = Iterator[tuple[np.ndarray, Sequence[int]]]  # images (B, C, *S) and their numbers, a few at a time
-WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
 
 
 def write_samples(
@@ -108,9 +103,7 @@ def write_request(
     out.mkdir(parents=True, exist_ok=True)
     names = [sample_name(index) for index in range(len(rows))]
     asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
-    record = json.loads(json.dumps({**provenance, **asked}, sort_keys=True))
-    _expect_same_request(out, record)
-    _write_text(out / PROVENANCE, json.dumps({**record, WRITTEN: _written()}, indent=1))
+    settle_request(out, {**provenance, **asked}, "sub-*")
     paths = [image_paths(model, out, name) for name in names]
     todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]
     if progress is not None and len(todo) < len(rows):
@@ -184,10 +177,10 @@ def write_table(
     table.writerow(["participant_id", *columns])
     for name, row in zip(names, rows, strict=True):
         table.writerow([name, *(_cell(row.get(column)) for column in columns)])
-    _write_text(out / TABLE, text.getvalue())
+    write_text(out / TABLE, text.getvalue())
     about = {covariate.name: _about(covariate) for covariate in model.schema}
     about |= {name: {"Description": f"{name} that the sample was given"} for name in inputs or {}}
-    _write_text(out / "participants.json", json.dumps(about, indent=1))
+    write_json(out / "participants.json", about)
 
 
 def _about(covariate: Any) -> dict[str, Any]:
@@ -203,27 +196,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "n/a"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _expect_same_request(out: Path, record: Mapping[str, Any]) -> None:
-    path = out / PROVENANCE
-    if not path.is_file() or not any(out.glob("sub-*")):  # a request that drew nothing binds nobody
-        return
-    stored = json.loads(path.read_text())
-    stored.pop(WRITTEN, None)
-    differing = [name for name in sorted({*stored, *record}) if stored.get(name) != record.get(name)]
-    if differing:
-        raise LdmError(
-            f"{out} holds samples of another request ({', '.join(differing)} differ). Choose another out=..., "
-            "or remove the folder."
-        )
-
-
-def _written() -> dict[str, Any]:
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

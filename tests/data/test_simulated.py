@@ -188,7 +188,7 @@ def test_an_interrupted_cohort_is_completed_to_the_same_bytes(coarse, tmp_path, 
 def test_a_complete_cohort_is_left_alone(coarse, tmp_path, monkeypatch):
     options = {"n": 1, "spacing_mm": 8.0, "workers": 1, "progress": False}
     root = generate(tmp_path / "cohort", **options)
-    monkeypatch.setattr(writer, "_write", lambda *_: pytest.fail("wrote into a complete cohort"))
+    monkeypatch.setattr(writer, "write_bytes", lambda *_: pytest.fail("wrote into a complete cohort"))
     generate(root, **options)
 
 

@@ -17,7 +17,8 @@ def test_psnr_of_each_held_out_split():
     real = [np.full((1, 4, 4), 0.5, np.float32)] * 3
     rebuilt = [image + error for image, error in zip(real, (0.1, 0.01, 0.1), strict=True)]  # 20, 40, 20 dB
     found = quality(real, rebuilt, (0.0, 1.0), [record(0, "test"), record(1, "valid"), record(2, "test")])
-    assert found["n"] == 3 and found["psnr_mean"] == pytest.approx(80 / 3, abs=1e-3)
+    assert found["n"] == 3
+    assert found["psnr_mean"] == pytest.approx(80 / 3, abs=1e-3)
     assert found["splits"]["test"] == {"psnr_mean": pytest.approx(20, abs=1e-3), "psnr_std": pytest.approx(0), "n": 2}
     assert found["splits"]["valid"]["psnr_mean"] == pytest.approx(40, abs=1e-3)
     alone = quality(real[:2], rebuilt[:2], (0.0, 1.0), [record(0, "valid"), record(1, "valid")])

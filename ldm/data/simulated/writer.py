@@ -24,6 +24,7 @@ from ldm.data.simulated.anatomy import Grid
 from ldm.data.simulated.render import FIELD_OF_VIEW_MM, LABELS, LESION_LABELS, Atlas, Rendered, output_grid, render
 from ldm.data.simulated.sequences import SEQUENCES
 from ldm.errors import LdmError, nearest
+from ldm.files import write_bytes
 
 VERSION = 1  # of the simulation: raised whenever the same parameters would give other images
 EXTRAS_VERSION = 2  # the same for what only cohorts with lesions, further sequences or slices have
@@ -335,7 +336,7 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description:
     image.set_sform(affine, code="mni")
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = description
-    _write(path, gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))  # no time stamp: same bytes every time
+    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))  # no time stamp: same bytes every time
 
 
 def _write_description(root: Path, parameters: Parameters) -> None:
@@ -362,7 +363,7 @@ def _write_description(root: Path, parameters: Parameters) -> None:
         _write_json(root / "slices.json", parameters.slice_columns)
     labels = LABELS if parameters.lesions is None else LABELS + LESION_LABELS
     names = "".join(f"{index}\t{name}\n" for index, name in enumerate(labels))
-    _write(root / "dseg.tsv", f"index\tname\n{names}".encode())
+    write_bytes(root / "dseg.tsv", f"index\tname\n{names}".encode())
 
 
 def _write_tables(root: Path, parameters: Parameters) -> None:
@@ -378,15 +379,8 @@ def _write_table(path: Path, columns: Iterable[str], rows: Iterable[tuple[str, d
     columns = tuple(columns)
     lines = ["\t".join(["participant_id", *columns])]
     lines += ["\t".join([name, *(str(facts[column]) for column in columns)]) for name, facts in rows]
-    _write(path, ("\n".join(lines) + "\n").encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _write_json(path: Path, content: dict) -> None:
-    _write(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; the lock on the cohort keeps the temporary name to ourselves."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all, whenever the process is stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file and, where it is missing, its folder; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file as UTF-8; returns the path."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON-safe content, readable; returns the path."""
+    return write_text(path, json.dumps(content, indent=1))
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Write arrays, compressed, to an ``.npz`` file; returns the path."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    return write_bytes(path, content.getvalue())

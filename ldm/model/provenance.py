@@ -1,0 +1,42 @@
+"""What a folder of results was asked for, so that the same command goes on and another one is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import LdmError
+from ldm.files import write_json
+from ldm.model.file import package_versions
+
+PROVENANCE = "provenance.json"
+WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
+
+
+def settle_request(folder: Path, request: Mapping[str, Any], results: str | None = None) -> None:
+    """Write ``provenance.json``, or refuse a folder that holds the results of another request.
+
+    Args:
+        folder: made if it is not there.
+        request: what the results depend on, JSON-safe.
+        results: pattern of the result files; a request that left none binds nobody. None: it always binds.
+
+    Raises:
+        LdmError: naming what differs.
+    """
+    path = folder / PROVENANCE
+    request = json.loads(json.dumps(request, sort_keys=True, default=dict))
+    if path.is_file() and (results is None or any(folder.glob(results))):
+        stored = json.loads(path.read_text())
+        stored.pop(WRITTEN, None)
+        differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
+        if differing:
+            raise LdmError(
+                f"{folder} holds results of another request ({', '.join(differing)} differ). Choose another out=..., "
+                "or remove the folder."
+            )
+    written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
+    write_json(path, {**request, WRITTEN: written})
