@@ -37,6 +37,7 @@ from ldm.model.build import PIXELS, build_first_stage, construct
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
+from ldm.networks.denoiser import loses_means
 from ldm.training.data import LatentDataModule
 from ldm.training.ema import EMA
 from ldm.training.fit import check_trainer, fit
@@ -339,6 +340,7 @@ def build_model(
         header["learned_null"] = learns_null(ldm, train.covariates)
         model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
         fit_conditioners(model, train, ldm["conditioners"])
+        warn_of_lost_means(ldm["network"])
     else:
         model = LatentDiffusionModel(
             {**header, **control_facts(frozen)},
@@ -353,6 +355,19 @@ def build_model(
         expect_short_captions(model, train)
     log_size(model)
     return model
+
+
+def warn_of_lost_means(network: Mapping[str, Any]) -> None:
+    """Say that fewer groups would be better; see :func:`ldm.networks.denoiser.loses_means`."""
+    width, groups = network["channels"][0], network["norm_num_groups"]
+    if loses_means(network["channels"], groups):
+        logger.warning(
+            "ldm.network.norm_num_groups=%d leaves one channel a group of the %d at the first level: the mean of every "
+            "feature is lost, and predictions of noise are off by it. Four channels a group would be %d groups.",
+            groups,
+            width,
+            max(1, width // 4),
+        )
 
 
 def learns_null(ldm: Mapping[str, Any], covariates: np.ndarray) -> bool:

@@ -24,6 +24,16 @@ PATCH_SIZES = (1, 2)
 Residuals = tuple[Sequence[Tensor], Tensor]
 
 
+def loses_means(channels: Sequence[int], norm_num_groups: int) -> bool:
+    """Whether the last group normalisation treats every channel on its own.
+
+    It then takes away the spatial mean of every feature, and what the network should predict has one: that of noise on
+    16 x 16 voxels has a standard deviation of 1/16. Where there is hardly anything but noise, x0 is what is left of
+    epsilon after a division by alpha, 0.01 and less, so that samples of epsilon models drift away.
+    """
+    return channels[0] <= norm_num_groups
+
+
 class Denoiser(nn.Module):
     """U-Net that predicts, from a noisy latent, whatever the prediction type asks for.
 

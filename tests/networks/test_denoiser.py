@@ -8,7 +8,7 @@ from ldm.conditioning.covariates import MODES, CovariateConditioner
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.network import ConditionalDenoiser
-from ldm.networks.denoiser import Denoiser, positions
+from ldm.networks.denoiser import Denoiser, loses_means, positions
 
 SCHEMA = CovariateSchema(
     [
@@ -150,3 +150,28 @@ def test_padding_is_no_token():
         expected = net(x, t, context=tokens)
         torch.testing.assert_close(net(x, t, context=padded), expected)
         assert (net(x, t, context=padded.nan_to_num()) - expected).abs().max() > 1e-4  # zeros are tokens
+
+
+def explained_mean(groups):
+    """Share of the variance of the noise's mean that a linear map of the last features can tell, on noise alone."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(
+        2, 1, channels=(16, 32), num_res_blocks=1, attention_levels=(False, False), norm_num_groups=groups
+    )
+    noise = torch.randn(400, 1, 8, 8)
+    seen = []
+    denoiser.unet.out[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((2, 3))))
+    with torch.no_grad():
+        denoiser(noise, torch.full((400,), 999))
+    features = torch.cat([seen[0], torch.ones(400, 1)], 1).double()  # (400, 17)
+    means = noise.mean((1, 2, 3)).double()
+    weights = torch.linalg.lstsq(features[:200], means[:200, None]).solution
+    error = means[200:] - (features[200:] @ weights)[:, 0]
+    return float(1 - error.square().mean() / means[200:].var())
+
+
+def test_a_group_of_one_channel_loses_what_a_prediction_of_noise_needs():
+    assert explained_mean(4) > 0.7
+    assert explained_mean(16) < 0.5
+    assert loses_means((16, 32), 16)
+    assert not loses_means((16, 32), 8)
