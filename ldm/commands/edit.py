@@ -24,6 +24,7 @@ from ldm.commands.sample import (
     sampling_options,
 )
 from ldm.data.images import split_reference
+from ldm.diffusion.checks import check_number
 from ldm.errors import LdmError
 from ldm.model.editing import Edit, Editing, between
 from ldm.model.inputs import as_lists
@@ -84,8 +85,8 @@ def asked_edit(config: DictConfig) -> str:
     for name in ("n", "batch_size"):
         if config[name] is not None and config[name] < 1:
             raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
-    if asked == ["strength"] and (isinstance(config.strength, bool) or not isinstance(config.strength, int | float)):
-        raise LdmError(f"strength is {config.strength!r}; legal: a number above 0, up to 1.")
+    if asked == ["strength"]:
+        check_number("strength", config.strength, 0, 1, "a number above 0, up to 1")
     useless = [name for name in NOT_BETWEEN if config[name] is not None] if asked == ["to"] else []
     if useless:
         raise LdmError(f"{useless[0]} makes no sense with to=...: interpolation goes by DDIM, without guidance.")

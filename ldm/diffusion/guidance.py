@@ -9,13 +9,13 @@ What is guided is eps, that is the score ``-eps / sigma``; x0 follows, so that a
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.checks import check_number, check_pair, is_number
 from ldm.diffusion.prediction import Denoise, Prediction, target, to_prediction
 from ldm.diffusion.schedule import Step
 from ldm.errors import LdmError
@@ -181,20 +181,16 @@ def _gradient(log_prob: LogProb, x: Tensor, step: Step) -> Tensor:
 
 def check_interval(interval: Sequence[float]) -> None:
     """Raise LdmError unless ``interval`` is two numbers, 0 <= low < high."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-        raise LdmError(
-            f"guidance_interval is {list(interval)}; legal: two sigma / alpha with 0 <= low < high, or null."
-        )
+    check_pair("guidance_interval", interval, 0, "two sigma / alpha with 0 <= low < high, or null")
 
 
 def check_scale(scale: float | Mapping[str, float]) -> None:
     """Raise LdmError unless ``scale`` is a number, or a mapping of names to numbers."""
     for one in scale.values() if isinstance(scale, Mapping) else [scale]:
-        if not isinstance(one, numbers.Real) or isinstance(one, bool) or not math.isfinite(one):
+        if not is_number(one) or math.isinf(one):
             raise LdmError(f"guidance_scale is {scale!r}; legal: a number (1: no guidance), or {{name: number}}.")
 
 
 def check_rescale(phi: float) -> None:
     """Raise LdmError unless ``phi`` is in [0, 1]."""
-    if not 0 <= phi <= 1:
-        raise LdmError(f"guidance_rescale is {phi}; legal: 0 (off) to 1.")
+    check_number("guidance_rescale", phi, 0, 1, "0 (off) to 1")

@@ -6,6 +6,7 @@ so does a training sample at ``(seed, step, index)``.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Sequence
 
@@ -49,9 +50,9 @@ def draw(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
 
 
 def _generator(seed: int, key: tuple[int, ...], device: torch.device | str) -> torch.Generator:
-    seed, key = operator.index(seed), tuple(map(operator.index, key))
-    if not 0 <= seed < 2**64:
-        raise LdmError(f"seed must be in 0 .. 2^64 - 1, got {seed}.")
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+        raise LdmError(f"seed must be a whole number in 0 .. 2^64 - 1, got {seed!r}.")
+    seed, key = int(seed), tuple(map(operator.index, key))
     if not all(0 <= part < 2**32 for part in key):
         raise LdmError(f"Sample and step numbers must be in 0 .. 2^32 - 1, got {key}.")
     sequence = np.random.SeedSequence(seed, spawn_key=key)

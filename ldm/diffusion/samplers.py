@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import noise
-from ldm.diffusion.checks import check_choice
+from ldm.diffusion.checks import check_choice, check_number, check_pair
 from ldm.diffusion.posterior import Posterior, posterior_of
 from ldm.diffusion.prediction import Denoise, Prediction, at_least_float32
 from ldm.diffusion.schedule import Grid, Step
@@ -103,8 +103,7 @@ def ddim(
     Args:
         eta: 0 is deterministic and needs no generators; 1 is `ddpm` with the small variance.
     """
-    if not 0 <= eta <= 1:
-        raise LdmError(f"eta must be between 0 (deterministic) and 1 (ancestral), got {eta}.")
+    check_number("eta", eta, 0, 1, "0 (deterministic) to 1 (ancestral)")
     _check_clip(clip)
     x = at_least_float32(x)
     for index, step in enumerate(grid):
@@ -357,8 +356,8 @@ def _predict(
 
 
 def _check_clip(clip: tuple[float, float] | None) -> None:
-    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
-        raise LdmError(f"clip must be two numbers, low < high, got {clip}.")
+    if clip is not None:
+        check_pair("clip", clip, -math.inf, "two numbers, low < high, or null")
 
 
 def _draw(generators: Sequence[torch.Generator], x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.conditioning.base import Condition
 from ldm.diffusion import noise
+from ldm.diffusion.checks import check_number
 from ldm.diffusion.inpainting import keep_known, slerp
 from ldm.diffusion.samplers import ddim, ddim_encode
 from ldm.diffusion.samplers import sampler as find_sampler
@@ -174,8 +175,9 @@ class Editing:
         """The edit behind :meth:`image_to_image`."""
         request = self._asked(covariates, n, options)
         settings = request.settings
+        check_number("strength", strength, 0, 1, "a number above 0, up to 1")
         count = round(strength * settings.num_inference_steps)
-        if not 0 < strength <= 1 or count < 1:
+        if count < 1:
             raise LdmError(
                 f"strength is {strength}; legal: above 0 to 1, and at least one move of num_inference_steps, which is "
                 f"{settings.num_inference_steps}."

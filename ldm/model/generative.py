@@ -22,6 +22,7 @@ from ldm.data.distribution import CovariateDistribution
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
+from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.model.file import write_model
 from ldm.model.inputs import Inputs, as_lists, check_inputs, input_names
@@ -190,6 +191,9 @@ class Generative(nn.Module, ABC):
         Raises:
             LdmError: an unknown option, or an input that is not legal.
         """
+        check_count("batch_size", batch_size)
+        if n is not None:
+            check_count("n", n)
         options, inputs = self.options_and_inputs(options)
         rows, inputs = self.requests(covariates, inputs, n, seed)
         images = []

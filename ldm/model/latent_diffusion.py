@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from ldm.networks.frozen import freeze
 from ldm.precision import autocast
 
 KIND = "latent_diffusion"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,8 @@ class LatentDiffusionModel(Editing, Generative):
         self.learned_variance = bool(header.get("learned_variance"))
         check_process(self.schedule, self.prediction_type, self.learned_variance)
         self.defaults = construct(SamplingOptions, header["sampling"], "ldm.sampling")
-        self.schedule.grid(self.defaults.num_inference_steps, self.defaults.timestep_spacing)
-        if isinstance(self.defaults.guidance_scale, Mapping):
-            for name in self.defaults.guidance_scale:
-                self._check_part(name)
+        self._check_settings(self.defaults)
+        self._conditions_together = True
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +198,10 @@ class LatentDiffusionModel(Editing, Generative):
         kept = dict(self.defaults.options or {})
         if asked["sampler"] != self.defaults.sampler:
             kept = {name: value for name, value in kept.items() if name == "clip"}
-        return construct(SamplingOptions, {**asked, "options": {**kept, **(options.get("options") or {})}}, "sample")
+        given = {**asked, "options": {**kept, **(options.get("options") or {})}}
+        settings = construct(SamplingOptions, given, "sample")
+        self._check_settings(settings)
+        return settings
 
     def encode_condition(self, rows: Sequence[CovariateRow], inputs: Inputs | None = None) -> Condition:
         """The condition of rows and inputs, one each a sample; see :func:`ldm.model.inputs.encode_condition`."""
@@ -263,6 +267,21 @@ class LatentDiffusionModel(Editing, Generative):
         hidden[:, self.schema.names.index(name)] = torch.nan
         return {**condition, COVARIATES: hidden}
 
+    def _check_settings(self, settings: SamplingOptions) -> None:
+        """Raise LdmError for what is legal of itself and not with this model."""
+        self.schedule.grid(settings.num_inference_steps, settings.timestep_spacing)
+        if (settings.options or {}).get("variance") == "learned" and not self.learned_variance:
+            raise LdmError("variance 'learned' needs a model with ldm.learned_variance=true; use 'small' or 'large'.")
+        if not isinstance(settings.guidance_scale, Mapping):
+            return
+        for name in settings.guidance_scale:
+            self._check_part(name)
+        twice = [name for name in settings.guidance_scale if name in self.schema.names]
+        if twice and COVARIATES in settings.guidance_scale:
+            raise LdmError(
+                f"guidance_scale: {', '.join(twice)} would be guided twice, by '{COVARIATES}' too. Leave one out."
+            )
+
     def _check_part(self, name: str) -> None:
         """Raise LdmError unless ``name`` can have a guidance scale of its own."""
         conditioners = self.network.conditioners
@@ -294,7 +313,17 @@ class LatentDiffusionModel(Editing, Generative):
             )
 
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:
-        """Predictions for the same ``x`` under several conditions, in one network call."""
+        """Predictions for the same ``x`` under several conditions, in one network call where memory allows."""
+        count = len(conditions)
+        if count > 1 and self._conditions_together:
+            try:
+                return self._denoise_together(x, step, conditions)
+            except torch.OutOfMemoryError:
+                logger.warning("Not enough memory for %d conditions in one call: one after the other from here.", count)
+                self._conditions_together = False
+        return [self._denoise_together(x, step, [condition])[0] for condition in conditions]
+
+    def _denoise_together(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:
         count = len(conditions)
         many = x.repeat(count, *(1,) * (x.ndim - 1))  # (count * B, C, *S)
         t = torch.full((len(many),), step.t, device=x.device)

@@ -112,7 +112,14 @@ def test_a_learned_variance_is_read_from_the_second_half_and_sampled_with(tmp_pa
         ({"sampler": "heun", "options": {"eta": 1.0}}, "Option of sampler 'heun'"),
         ({"timestep_spacing": "trail"}, "Did you mean 'trailing'"),
         ({"guidance_interval": [2.0, 1.0]}, "guidance_interval is"),
+        ({"guidance_interval": 0.5}, "guidance_interval is 0.5"),
+        ({"guidance_interval": ["a", 2]}, "guidance_interval is"),
         ({"guidance_rescale": 2.0}, "guidance_rescale is 2.0"),
+        ({"guidance_rescale": None}, "guidance_rescale is None"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"sampler": "ddim", "options": {"eta": "high"}}, "eta is 'high'"),
+        ({"options": {"clip": 1.0}}, "clip is 1.0; legal: two numbers"),
+        ({"options": {"clip": [None, 1]}}, "clip is"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -129,17 +136,64 @@ def test_a_model_that_cannot_be_sampled_is_not_built():
     ("settings", "message"),
     [
         ({"sampler": "ddpm", "options": {"variance": "fixed_small"}}, "variance 'fixed_small' is not known"),
-        ({"sampler": "ddim", "options": {"eta": 2.0}}, "eta must be between 0"),
+        ({"sampler": "ddim", "options": {"eta": 2.0}}, "eta is 2.0; legal: 0"),
         ({"options": {"clip": [1, -1]}}, "clip"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": 5000}, "num_inference_steps=5000 is more than the 1000"),
         ({"guidance_scale": "two"}, "guidance_scale is 'two'"),
         ({"guidance_scale": {"aeg": 2.0}}, "Did you mean 'age'"),
+        ({"guidance_scale": {"age": 2.0, "covariates": 2.0}}, "age would be guided twice"),
+        ({"sampler": "ddpm", "options": {"variance": "learned"}}, "needs a model with ldm.learned_variance"),
     ],
 )
 def test_what_a_model_cannot_be_drawn_from_with_is_refused_when_it_is_made(settings, message):
     with pytest.raises(LdmError, match=message):
         model([AGE], "adaptive_norm", sampling=settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"n": 0}, "n must be a whole number"),
+        ({"guidance_scale": {"age": 2.0, "covariates": 2.0}}, "age would be guided twice"),
+        ({"sampler": "ddpm", "options": {"variance": "learned"}}, "needs a model with ldm.learned_variance"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(asked, message):
+    with pytest.raises(LdmError, match=message):
+        model([AGE], "adaptive_norm").sample({"age": 50.0}, **asked)
+
+
+def test_conditions_are_asked_one_by_one_where_memory_does_not_allow_more(caplog):
+    made = model([AGE], "adaptive_norm")
+    asked = {"n": 2, "guidance_scale": 2.0, "num_inference_steps": 3, "precision": "float32"}
+    together = made.sample({"age": 50.0}, **asked).images
+    network, sizes = made.network.forward, []
+
+    def small(x, t, condition):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("no more")
+        sizes.append(len(x))
+        return network(x, t, condition)
+
+    made.network.forward = small
+    apart = made.sample({"age": 50.0}, **asked).images
+    assert sizes == [2] * 6
+    assert np.abs(apart - together).max() < 1e-5
+    assert caplog.text.count("one after the other") == 1
+
+
+def test_memory_for_one_condition_has_to_be_there():
+    made = model([AGE], "adaptive_norm")
+
+    def none(x, t, condition):
+        raise torch.OutOfMemoryError("no more")
+
+    made.network.forward = none
+    with pytest.raises(torch.OutOfMemoryError):
+        made.sample({"age": 50.0}, n=2, guidance_scale=2.0)
 
 
 def test_options_of_one_sampler_are_not_those_of_another():
