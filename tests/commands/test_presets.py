@@ -30,7 +30,7 @@ CLASSES = "+data.covariates.class.levels=[cat,dog,horse]"
 #: experiment and further overrides -> image channels, latent shape, million parameters of the U-Net
 PRESETS = {
     ("ldm_256/unconditional",): (3, (3, 64, 64), 274.06),
-    ("ldm_256/class_conditional", CLASSES): (3, (3, 64, 64), None),
+    ("ldm_256/class_conditional", CLASSES): (3, (3, 64, 64), 414.71),  # with cross-attention
     ("ldm_256/mask_conditional", "+data.label_names.sky=1", "+data.label_names.sea=[2,3]"): (3, (3, 64, 64), 215.23),
     ("ldm_256/text_conditional", CLASSES): (3, (4, 32, 32), 872.30),
     ("brain_160/released",): (1, (3, 20, 28, 20), 553.17),
@@ -77,8 +77,7 @@ def millions(network):
 def test_the_sizes_are_the_published_ones(preset):
     _, _, model, (_, latent_shape, parameters) = preset
     assert model.latent_shape == latent_shape
-    if parameters is not None:
-        assert millions(model.network.denoiser) == pytest.approx(parameters, abs=0.005)
+    assert millions(model.network.denoiser) == pytest.approx(parameters, abs=0.005)
 
 
 def test_the_second_stage_takes_a_step(preset, no_autocast, monkeypatch):
@@ -129,6 +128,8 @@ def test_the_table_of_the_published_model_is_what_is_configured(preset):
     assert ldm["network"]["attention_levels"] == [False, True, True, True]
     assert (ldm["optimizer"]["lr"], ldm["batch_size"], ldm["max_steps"]) == (9.6e-5, 48, 410_000)
     assert (model.schedule.num_train_timesteps, model.prediction_type) == (1000, "epsilon")
+    betas = (model.schedule.beta_schedule, model.schedule.beta_start, model.schedule.beta_end)
+    assert betas == ("scaled_linear", 0.0015, 0.0195)
     assert model.latent_shape == (3, 64, 64)
 
 

@@ -45,6 +45,7 @@ THEIRS = ["epsilon", "sample", "v_prediction"]  # the prediction types of diffus
 CHAINS = {
     "ddpm-small": ("ddpm", {"variance": "small"}),
     "ddpm-large": ("ddpm", {"variance": "large"}),
+    "ddpm-learned": ("ddpm", {"variance": "learned"}),
     "ddim-0": ("ddim", {"eta": 0.0}),
     "ddim-0.4": ("ddim", {"eta": 0.4}),
     "ddim-1": ("ddim", {"eta": 1.0}),
@@ -53,6 +54,7 @@ CHAINS = {
     "dpmpp_2m": ("dpmpp_2m", {}),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", {}),
 }
+LEARNED = 0.3  # what the network says of the variance: 0 is the small one, 1 the large
 DETERMINISTIC = {"ddim-0", "euler", "heun", "dpmpp_2m"}
 
 
@@ -62,7 +64,8 @@ def ideal_denoise(prediction_type="sample"):
     def denoise(x, step):
         x0, eps = ideal(x, step.alpha, step.sigma)
         output = target(prediction_type, x0, eps, step.alpha, step.sigma)
-        return to_prediction(prediction_type, output, x, step.alpha, step.sigma)
+        read = to_prediction(prediction_type, output, x, step.alpha, step.sigma)
+        return Prediction(read.x0, read.eps, torch.full_like(x, LEARNED))
 
     return denoise
 
@@ -107,7 +110,8 @@ def paper_ddpm(x, *levels, z, variance, **_):
     x0 = ideal(x, math.sqrt(abar), math.sqrt(1 - abar))[0]
     beta = 1 - abar / abar_prev
     mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0 + math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
-    std = math.sqrt(beta if variance == "large" else (1 - abar_prev) / (1 - abar) * beta)
+    share = {"small": 0.0, "learned": LEARNED, "large": 1.0}[variance]  # in the logarithm, Nichol & Dhariwal (15)
+    std = math.sqrt(beta * ((1 - abar_prev) / (1 - abar)) ** (1 - share))
     return back * (mean + std * z)
 
 
@@ -205,7 +209,7 @@ def mixture_denoise(x, step):
     log_share = WEIGHTS.log()[None, :, None] - away.square().sum(2) / (2 * variance)  # (B, mode, P)
     inside = MODES[None, :, :, None] + step.alpha * MODE_STD**2 / variance * away
     x0 = (log_share.softmax(1)[:, :, None] * inside).sum(1)  # (B, 2, P)
-    return Prediction(x0, (x - step.alpha * x0) / step.sigma)
+    return Prediction(x0, (x - step.alpha * x0) / step.sigma, torch.full_like(x, LEARNED))
 
 
 def mixture_error(chain, schedule, count):
@@ -490,7 +494,8 @@ def test_a_sample_comes_out_the_same_at_any_batch_size_and_order(chain):
 
     def samples(indices):
         streams = generators(3, indices)
-        return SAMPLERS[name](dummy_denoise("epsilon"), draw(streams, (1, 4, 6)), grid, streams, **options)
+        denoise = dummy_denoise("epsilon", learned_variance=True)
+        return SAMPLERS[name](denoise, draw(streams, (1, 4, 6)), grid, streams, **options)
 
     batch = samples(range(8))
     torch.testing.assert_close(samples([5])[0], batch[5], rtol=0, atol=1e-6)
@@ -501,7 +506,8 @@ def test_a_sample_comes_out_the_same_at_any_batch_size_and_order(chain):
 def test_the_last_step_draws_no_noise(chain):
     name, options = CHAINS[chain]
     streams, twin = generators(1, [0]), generators(1, [0])
-    SAMPLERS[name](dummy_denoise("sample"), torch.ones(1, 1, 4, 4), SCHEDULES["linear"].grid(5), streams, **options)
+    denoise = dummy_denoise("sample", learned_variance=True)
+    SAMPLERS[name](denoise, torch.ones(1, 1, 4, 4), SCHEDULES["linear"].grid(5), streams, **options)
     for _ in range(0 if chain in DETERMINISTIC else 4):
         draw(twin, (1, 4, 4))
     assert torch.equal(draw(streams, (8,)), draw(twin, (8,)))
