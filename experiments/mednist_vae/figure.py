@@ -25,7 +25,7 @@ from ldm.evaluation.distances import prior_images
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 COLUMNS = 12
-STRIPS = 3
+STRIPS = ((0, 1), (8, 9), (4, 8))  # columns at the ends of a line: of one class, of one class, of two
 Row = tuple[str, np.ndarray]  # caption, pictures (COLUMNS, H, W)
 
 
@@ -33,12 +33,13 @@ def main(config: DictConfig) -> None:
     """Draw both pictures."""
     model = LatentDiffusionModel.load(config.model)
     images, asked, _ = held_out(prepared(cohort_datamodule(config)), model.preprocessing.channels)
-    chosen = np.linspace(0, len(images) - 1, COLUMNS).astype(int)  # the table is in the order of the classes
+    ordered = sorted(range(len(images)), key=lambda i: asked[i]["class"])
+    chosen = [ordered[i] for i in np.linspace(0, len(images) - 1, COLUMNS).astype(int)]  # two of each class
     real = torch.from_numpy(np.stack([images[i] for i in chosen]))  # (COLUMNS, 1, H, W)
     rows = [asked[i] for i in chosen]
     with torch.no_grad():
         codes, _ = model.first_stage.encode(real)  # (COLUMNS, 3, h, w), posterior means
-        lines = [interpolation(model, codes[k], codes[k + COLUMNS // 2]) for k in range(STRIPS)]
+        lines = [interpolation(model, codes[first], codes[last]) for first, last in STRIPS]
         reconstructed = decode(model, codes)
     prior = np.stack([image[0] for image in prior_images(model, 2 * COLUMNS, config.seed)])
     samples = model.sample(rows * 2, seed=config.seed, batch_size=2 * COLUMNS).images[:, 0]
