@@ -19,6 +19,7 @@ from ldm.training.budget import Budget
 from ldm.training.checkpoint import ResumeCheckpoint
 from ldm.training.logging import JsonlLogger, RunProgress, peak_memory_bytes
 from ldm.training.module import StageModule
+from ldm.training.narrow import guard_narrow_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def fit(
         LdmError: the checkpoint in ``run_dir`` belongs to another configuration.
     """
     check_trainer(trainer)
+    guard_narrow_convolutions(module)
     run_dir = Path(run_dir)
     checkpoint = run_dir / "last.ckpt"
     budget = Budget(trainer["max_steps"], trainer["max_time"])
