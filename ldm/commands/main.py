@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ldm.commands.overrides import check_overrides, replace_free_form
+from ldm.commands.overrides import check_overrides, quote_templates, replace_free_form
 from ldm.commands.run import run_folder
 from ldm.errors import LdmError, nearest
 
@@ -61,7 +61,7 @@ def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE.format(verbs=verbs))
         raise SystemExit(0 if arguments else 2)
-    verb, *rest = arguments
+    verb, *rest = quote_templates(arguments)
     configure_logging()
     try:
         if verb not in VERBS:

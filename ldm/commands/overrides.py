@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
 
+REST = r"[^\s'\"$,]"
+#: key=words{name}..., or key={name}words; key={name:words} is a mapping
+TEMPLATE = re.compile(rf"^([\w.@/+~]+=)([^\s'\"{{}}\[$,]{REST}*\{{[\w:]+\}}{REST}*|\{{[\w:]+\}}{REST}+)$")
 # mappings whose names are the user's, or depend on their kind
 FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models")
 
@@ -44,6 +48,14 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
     for override in parsed:
         if override not in groups and not (override.is_add() or override.is_force_add()):
             _check_key(config, override.key_or_group, config_name.removeprefix("train-"))
+
+
+def quote_templates(arguments: Sequence[str]) -> list[str]:
+    """``data.image=T1/{participant_id}.nii.gz`` as Hydra wants it, whose grammar gives braces another meaning.
+
+    A shell takes one pair of quotes away, and ``make ARGS=...`` is a second shell.
+    """
+    return [TEMPLATE.sub(r"\1'\2'", argument) for argument in arguments]
 
 
 def replace_free_form(arguments: Sequence[str]) -> list[str]:

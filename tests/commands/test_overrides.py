@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ldm.commands.overrides import check_overrides
+from ldm.commands.overrides import check_overrides, quote_templates
 from ldm.errors import LdmError
 
 
@@ -29,6 +29,24 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
     assert code
     assert expected in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("data.image=T1/{participant_id}.nii.gz", "data.image='T1/{participant_id}.nii.gz'"),
+        ("data.image={file:path}", "data.image={file:path}"),
+        ("data.id={participant_id}_{session}", "data.id='{participant_id}_{session}'"),
+        ("data.image=a/{subject}.nii::axial[{slice}]", "data.image='a/{subject}.nii::axial[{slice}]'"),
+        ("data.image='T1/{participant_id}.nii.gz'", "data.image='T1/{participant_id}.nii.gz'"),
+        ("data.covariates={age: {kind: continuous}}", "data.covariates={age: {kind: continuous}}"),
+        ("out=${runs_dir}/{a}", "out=${runs_dir}/{a}"),
+        ("seed=0,1,2", "seed=0,1,2"),
+        ("--multirun", "--multirun"),
+    ],
+)
+def test_templates_need_no_second_pair_of_quotes(typed, meant):
+    assert quote_templates([typed]) == [meant]
 
 
 def test_files_that_do_not_fit_together_are_named(tmp_path):
