@@ -68,4 +68,7 @@ def require_file(path: Path, what: str, verb: str) -> Path:
 def _command(verb: str) -> str:
     """``verb`` with those of the settings typed that it shares."""
     typed = [item for item in sys.argv[2:] if item.lstrip("+~").partition("=")[0].partition(".")[0] in SHARED]
+    named = {item.partition("=")[0] for item in typed}
+    if "data.name" in named and not named & {"data", "experiment"}:  # it would be the simulated cohort under that name
+        typed.insert(0, "data=...")
     return shlex.join(["ldm", verb, *typed])

@@ -77,6 +77,12 @@ def test_a_missing_model_says_what_to_run(ldm, tiny):
     assert "ldm train-ldm" in text
 
 
+def test_a_name_alone_does_not_say_what_to_train_on(ldm):
+    code, text = ldm("sample", "data.name=study")
+    assert code
+    assert "ldm train-ldm data=... data.name=study" in text
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m ldm check --help | head -n 1"
     shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,7 @@
 """The main job from end to end, at a size that takes seconds; and that it goes on where it stopped."""
 
 import json
+import re
 from importlib import metadata
 
 import nibabel as nib
@@ -8,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 
 from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.networks.autoencoder import AutoencoderKL
 from ldm.training.logging import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -76,6 +79,45 @@ def test_a_sweep_runs_in_folders_of_its_own(ldm, tiny, tmp_path):
     assert not code, text
     for job in ("0", "1"):
         assert (tmp_path / "runs/simulated/vae-sweep" / job / "model.safetensors").is_file()
+
+
+def test_a_first_stage_below_the_gate_is_named_with_its_number(trained, ldm):
+    _, common = trained
+    code, text = ldm("train-ldm", *common, "trainer.max_steps=12", "vae.gate_psnr=99")
+    assert code == 0
+    assert re.search(r"reaches \d+\.\d\d dB held-out PSNR, below vae.gate_psnr=99", text)
+
+
+def test_the_second_stage_never_runs_the_encoder_again(trained, ldm, tmp_path, monkeypatch):
+    def encode(*_):
+        raise AssertionError("the encoder ran")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    _, common = trained
+    code, text = ldm("train-ldm", *common, "trainer.max_steps=1", f"run_dir={tmp_path}/again")
+    assert code == 0, text
+
+
+def test_a_first_stage_starts_from_another(trained, ldm, tmp_path):
+    folder, common = trained
+    path = folder / "simulated/vae/model.safetensors"
+    still = ("trainer.max_steps=1", "vae.optimizer.lr=0", f"run_dir={tmp_path}/further", "seed=1")
+    code, text = ldm("train-vae", *common, *still, f"vae.init_from={path}")
+    assert code == 0, text
+    assert FirstStage.load(tmp_path / "further/model.safetensors").sha256 == FirstStage.load(path).sha256
+
+
+def test_weights_and_biases_gets_curves_pictures_and_configuration(trained, ldm, tmp_path):
+    _, common = trained
+    run = tmp_path / "watched"
+    code, text = ldm("train-vae", *common, "trainer.max_steps=2", "logger=wandb", f"run_dir={run}")
+    assert code == 0, text
+    wandb.finish()  # as the end of the process does
+    (offline,) = run.glob("wandb/offline-run-*")
+    assert list(offline.glob("files/media/images/vae/*.png"))
+    logged = next(offline.glob("run-*.wandb")).read_bytes()
+    for name in (b"vae/train/loss", b"vae/val/psnr", b"spacing_mm"):
+        assert name in logged, name
 
 
 def test_one_file_is_enough_and_the_latents_are_scaled(trained):
