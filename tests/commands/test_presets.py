@@ -4,25 +4,14 @@ Everything happens on the meta device, where tensors have a shape and no memory:
 otherwise. Loss and optimizer are those of the training modules.
 """
 
-import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from ldm.commands.import_weights import describe
-from ldm.commands.main import conf_dir
 from ldm.commands.run import plain
-from ldm.commands.stages import grid_multiple
-from ldm.conditioning.build import complete
-from ldm.data.preprocessing import Preprocessing
-from ldm.data.schema import CovariateSchema
-from ldm.latents.space import LatentSpace
-from ldm.model.latent_diffusion import LatentDiffusionModel
-from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.vae import VAE
+from tests.commands.meta import composed, step_of_first_stage, step_of_second_stage, untrained
 
 MANIFEST = Path(__file__).parents[1] / "model" / "brain_160_manifest.json"
 CLASSES = "+data.covariates.class.levels=[cat,dog,horse]"
@@ -43,18 +32,9 @@ def preset(request, tmp_path_factory):
     experiment, *overrides = request.param
     if experiment == "ldm_256/text_conditional":
         overrides.append(f"ldm.conditioners.text.vocabulary={vocabulary(tmp_path_factory.mktemp('bert'))}")
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train-ldm", [f"experiment={experiment}", "data.root=somewhere", *overrides])
-    channels, _, _ = PRESETS[request.param]
-    preprocessing = Preprocessing.from_config(plain(config.data), grid_multiple(config))
-    header = describe(config, preprocessing, channels)
-    space = LatentSpace.identity(header["latent_shape"][0])
-    schema = CovariateSchema.from_config(plain(config.data)["covariates"])
-    factor = preprocessing.shape[0] // header["latent_shape"][1]
-    header["conditioners"] = complete(header["conditioners"], schema, plain(config.data)["label_names"], (), factor)
-    with torch.device("meta"):
-        model = LatentDiffusionModel(header, space, preprocessing, schema)
-    return config, (channels, *preprocessing.shape), model.to("meta"), PRESETS[request.param]
+    config = composed(experiment, *overrides)
+    model, image_shape = untrained(config, PRESETS[request.param][0])
+    return config, image_shape, model, PRESETS[request.param]
 
 
 def vocabulary(folder):
@@ -62,12 +42,6 @@ def vocabulary(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "picture", "of", "cat"]
     (folder / "vocab.txt").write_text("\n".join(words + [f"word{i}" for i in range(len(words), 30522)]))
     return folder / "vocab.txt"
-
-
-@pytest.fixture
-def no_autocast(monkeypatch):
-    """The meta device has no autocast; the modules only ever switch it off."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, enabled, **__: contextlib.nullcontext())
 
 
 def millions(network):
@@ -82,38 +56,15 @@ def test_the_sizes_are_the_published_ones(preset):
 
 def test_the_second_stage_takes_a_step(preset, no_autocast, monkeypatch):
     config, _, model, _ = preset
-    ldm, shape, batch = plain(config.ldm), model.latent_shape, 2
-    with torch.device("meta"):
-        module = LatentDiffusion(model, ldm["optimizer"], ldm["loss"], ldm["ema_decays"])
-        latents = {"mean": torch.randn(batch, *shape), "std": torch.rand(batch, *shape)}
-        conditioners = module.network.conditioners
-        condition = {name: one.not_given(batch, shape[1:]) for name, one in conditioners.items()}
-        monkeypatch.setattr(model, "batch_condition", lambda _: condition)  # sentences cannot be read off this device
-        draws = {"t": torch.zeros(batch, dtype=torch.long), "hide": torch.rand(batch, conditioners.num_uniforms)}
-        draws |= {name: torch.randn(batch, *shape) for name in ("posterior", "eps")}
-        weighted, _ = module.losses(module.network, latents, draws)
-        weighted.mean().backward()
-        module.configure_optimizers().step()
-    assert weighted.shape == (batch,)
+    losses, module = step_of_second_stage(config, model, monkeypatch)
+    assert losses.shape == (2,)
     assert all(parameter.grad is not None for parameter in module.network.parameters())
 
 
 def test_the_first_stage_takes_a_step(preset, no_autocast):
     config, image_shape, _, _ = preset
-    vae = plain(config.vae)
-    loss = {**vae["loss"], "perceptual_weight": 0.0, "adversarial_start": 0}  # perceptual: its weights are a file
-    with torch.device("meta"):
-        network = {**vae["network"], "in_channels": image_shape[0]}
-        module = VAE(network, loss, vae["optimizer"], vae["discriminator"], image_shape)
-        module._step = torch.zeros((), dtype=torch.long, device="cpu")  # its value decides what is on
-        x = torch.rand(1, *image_shape)
-        reconstruction, mean, std = module(x)
-        terms = module.loss_terms(x, reconstruction, mean, std)
-        terms["discriminator"] = module.discriminator.discriminator_loss(x, reconstruction)
-        sum(terms.values()).backward()
-        for optimizer in module.configure_optimizers():
-            optimizer.step()
-    assert reconstruction.shape == x.shape
+    reconstruction, terms, module = step_of_first_stage(config, image_shape)
+    assert reconstruction.shape == (1, *image_shape)
     assert set(terms) == {"reconstruction", "kl", "adversarial", "discriminator"}
     for trained in (module.network, module.discriminator):
         assert all(parameter.grad is not None for parameter in trained.parameters())

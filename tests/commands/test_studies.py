@@ -1,0 +1,44 @@
+"""Every study of this repository describes networks that fit each other and take a step, at its own sizes."""
+
+import pytest
+
+from ldm.model.build import PIXELS
+from tests.commands.meta import composed, step_of_first_stage, step_of_second_stage, untrained
+
+#: experiment -> image channels, and the size of images where the configuration leaves it to the cohort
+STUDIES = {
+    "brain_mri/coarse": (1, [80, 96, 80]),
+    "brain_mri/from_simulated": (1, [80, 96, 80]),
+    "brain_mri/long": (1, [80, 96, 80]),
+    "brain_mri/scratch": (1, [80, 96, 80]),
+    "brain_mri/simulated": (1, [80, 96, 80]),
+    "demo/demo": (1, [48, 56, 48]),
+    "demo_anomaly/demo": (4, None),
+    "hippocampus/mask": (1, [48, 64, 48]),
+    "hippocampus/ours": (1, [48, 64, 48]),
+    "lgg_anomaly/pixels": (3, [64, 64]),
+    "mednist_ldm/ablation/epsilon": (1, [64, 64]),
+    "mednist_ldm/ablation/flow": (1, [64, 64]),
+    "mednist_ldm/ablation/v_prediction": (1, [64, 64]),
+    "mednist_ldm/class_conditional": (1, [64, 64]),
+    "mednist_ldm/text": (1, [64, 64]),
+    "mednist_ldm/unconditional": (1, [64, 64]),
+    "mednist_vae/lecture": (1, [48, 48]),
+    "stem/haar": (1, [48, 64, 48]),
+    "stem/none": (1, [48, 64, 48]),
+    "stem/space_to_depth": (1, [48, 64, 48]),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_both_stages_take_a_step(study, no_autocast, monkeypatch):
+    config = composed(study)
+    model, image_shape = untrained(config, *STUDIES[study])
+    losses, module = step_of_second_stage(config, model, monkeypatch)
+    assert losses.shape == (2,)
+    assert all(parameter.grad is not None for parameter in module.network.parameters() if parameter.requires_grad)
+    if config.vae.network.kind == PIXELS:
+        return
+    reconstruction, _, module = step_of_first_stage(config, image_shape)
+    assert reconstruction.shape == (1, *image_shape)
+    assert all(parameter.grad is not None for parameter in module.network.parameters())
