@@ -58,7 +58,7 @@ def write_samples(
         Path of the first channel of every sample.
 
     Raises:
-        LdmError: ``out`` holds samples of another request.
+        LdmError: ``out`` holds results of another request.
     """
     inputs = dict(inputs or {})
 
@@ -97,12 +97,15 @@ def write_request(
         Path of the first channel of every image.
 
     Raises:
-        LdmError: ``out`` holds images of another request.
+        LdmError: ``out`` holds results of another request.
     """
     out, inputs = Path(out), dict(inputs or {})
     out.mkdir(parents=True, exist_ok=True)
     names = [sample_name(index) for index in range(len(rows))]
     asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
+    beyond = {name: model.schema.out_of_range(row) for name, row in zip(names, rows, strict=True)}
+    if any(beyond.values()):
+        asked["extrapolated"] = {name: found for name, found in beyond.items() if found}
     settle_request(out, {**provenance, **asked}, "sub-*")
     paths = [image_paths(model, out, name) for name in names]
     todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]

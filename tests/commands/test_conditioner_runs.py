@@ -50,7 +50,7 @@ def test_covariates_mask_and_text_together(ldm, tiny, tmp_path, cohort_root):
     assert len(record["files_sha256"]) == 2
     code, text = ldm(*asked)
     assert code
-    assert "samples of another request (inputs differ)" in text
+    assert "results of another request (inputs differ)" in text
 
     nib.save(nib.Nifti1Image(np.full((4, 4, 4), 9, np.uint8), np.eye(4)), tmp_path / "nine.nii.gz")
     for arguments, message in (

@@ -96,7 +96,7 @@ def test_image_to_image_in_the_scans_own_space(ldm, tmp_path):
     np.testing.assert_allclose(data(lost), before, atol=1e-2)
     code, text = ldm(*request, "strength=1.0")
     assert code
-    assert "samples of another request (inputs differ)" in text
+    assert "results of another request (inputs differ)" in text
 
 
 def test_a_region_of_two_channels_is_filled_in_and_nothing_else_changes(ldm, tmp_path):
