@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,8 +14,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from rich.console import Console
 from rich.progress import track
 
@@ -146,9 +143,14 @@ def _inspect_header(path: Path) -> FileFacts:
         return FileFacts()
     try:
         nifti = nib.load(path)
-        sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
-        return FileFacts("unreadable", f"cannot be read as NIfTI ({_first_line(error)})")
+        # What else may have such a name, e.g. CIFTI, is refused in words when it is read.
+        return _inspect_forms(nifti) if isinstance(nifti, nib.Nifti1Pair) else FileFacts()
+    except images.READ_ERRORS as error:
+        return FileFacts("unreadable", f"cannot be read as NIfTI ({images.cause(error)})")
+
+
+def _inspect_forms(nifti: nib.Nifti1Image) -> FileFacts:
+    sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     affine = images.affine_mm(nifti)
     determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
     if not abs(determinant) > 1e-9:
@@ -220,10 +222,6 @@ def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Cache ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -13,11 +14,15 @@ import pytest
 from PIL import Image
 
 from ldm.data.checks import check_cohort
-from ldm.data.inspection import _inspect_header
+from ldm.data.inspection import _inspect_header, inspect
+from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
 
 SHAPE = (10, 11, 12)
 COLUMNS = ("participant_id", "subject", "file", "age", "sex", "scanner", "split", "late")
+DIM, XYZT_UNITS = 40, 123
+"""Offsets in a NIfTI-1 header."""
+HUGE = np.array([3, 32767, 32767, 32767, 1, 1, 1, 1], "<i2").tobytes()
 CLEAN = [f"clean{i:02}" for i in range(12)]
 
 
@@ -28,6 +33,14 @@ def _volume(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 def _save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+def _patch(path: Path, offset: int, patch: bytes) -> None:
+    """Overwrite bytes of a file, or of what a gzipped one holds."""
+    zipped = path.suffix == ".gz"
+    content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    content = content[:offset] + patch + content[offset + len(patch) :]
+    path.write_bytes(gzip.compress(content) if zipped else content)
 
 
 class Planted:
@@ -119,6 +132,10 @@ def _plant(root: Path) -> tuple[Planted, set[tuple[str, str]]]:
     cohort.image("truncated").write_bytes(content[: len(content) // 2])
     in_file("unreadable", "no_nifti")
     cohort.image("no_nifti").write_bytes(gzip.compress(b"not a scan" * 50))
+    in_file("unreadable", "units")
+    _patch(cohort.image("units"), XYZT_UNITS, bytes([112]))
+    in_file("unreadable", "huge")
+    _patch(cohort.image("huge"), DIM, HUGE)
     in_file("missing-file", "absent")
     cohort.image("absent").unlink()
     in_file("sform-qform", "two_forms")
@@ -280,6 +297,55 @@ def test_pictures_and_arrays(tmp_path):
     assert {fault.where for fault in faults if fault.kind == "unreadable"} == {
         f"good.npz::images[{row}]" for row in range(2, 13)
     }
+
+
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    for name in ("a.nii", "a.nii.gz"):
+        _save(tmp_path / name, _volume(1))
+        _patch(tmp_path / name, DIM, HUGE)
+    monkeypatch.setattr(np, "asanyarray", lambda *_: pytest.fail("the voxels were read"))
+    for name in ("a.nii", "a.nii.gz"):
+        facts = inspect(str(tmp_path / name), "image", 3, IntensityRecipe())
+        assert facts.kind == "unreadable"
+        assert "claims 32767 x 32767 x 32767 voxels" in facts.reason
+
+
+def _npy_header(text: str) -> bytes:
+    """An ``.npy`` file of format 1.0 whose header reads ``text``."""
+    return b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n" + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4",  # tokenize.TokenError
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4)) }",  # SyntaxError
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**40}, {2**40})}}",  # OverflowError or MemoryError
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**20}, {2**20})}}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 'x')}",
+        "{'descr': ['<f4'], 'fortran_order': False, 'shape': (4, 4)}",
+    ],
+)
+def test_damaged_array_headers_are_told(tmp_path, header):
+    (tmp_path / "a.npy").write_bytes(_npy_header(header))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", _npy_header(header))
+    for ref in ("a.npy", "a.npz::x"):
+        facts = inspect(str(tmp_path / ref), "image", 2, IntensityRecipe())
+        assert facts.kind == "unreadable"
+        assert "damaged" in facts.reason
+
+
+@pytest.mark.parametrize(("field", "value"), [("flags", 1), ("compression", 99), ("compression", 14)])
+def test_archives_that_cannot_be_unpacked_are_told(tmp_path, field, value):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=_volume(1, (16, 16)))
+    local, central = {"flags": (6, 8), "compression": (8, 10)}[field]
+    for offset in (local, path.read_bytes().index(b"PK\x01\x02") + central):
+        _patch(path, offset, value.to_bytes(2, "little"))
+    facts = inspect(f"{path}::x", "image", 2, IntensityRecipe())
+    assert facts.kind == "unreadable"
+    assert "damaged" in facts.reason
 
 
 def test_unchanged_files_come_from_the_cache(tmp_path, monkeypatch):
