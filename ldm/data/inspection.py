@@ -59,10 +59,19 @@ class FileFacts:
         """Voxel size in mm along the axes nearest to R, A and S; ``None`` without an affine."""
         if self.affine is None:
             return None
-        affine = np.array(self.affine)
-        axes = nib.io_orientation(affine)[:, 0]
-        sizes = nib.affines.voxel_sizes(affine)
-        return tuple(round(float(sizes[list(axes).index(axis)]), 4) for axis in range(3))
+        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)))
+
+    @property
+    def extent(self) -> tuple[float, ...]:
+        """Field of view in mm along the axes nearest to R, A and S; without an affine in pixels as stored."""
+        if self.affine is None:
+            return tuple(float(size) for size in self.shape[1:])
+        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)) * self.shape[1:])
+
+    def _along_world(self, sizes: np.ndarray) -> tuple[float, ...]:
+        """Sizes along the stored axes, in the order of the axes nearest to R, A and S."""
+        axes = list(nib.io_orientation(np.array(self.affine))[:, 0])
+        return tuple(round(float(sizes[axes.index(axis)]), 4) for axis in range(3))
 
 
 class FileReader:
@@ -153,7 +162,7 @@ def _inspect_forms(nifti: nib.Nifti1Image) -> FileFacts:
     sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     affine = images.affine_mm(nifti)
     determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
-    if not abs(determinant) > 1e-9:
+    if not 1e-9 < abs(determinant) < np.inf or np.isnan(nib.io_orientation(affine)).any():
         return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:
         return FileFacts()

@@ -251,6 +251,66 @@ def test_forms_of_different_spaces_only_warn_and_resampling_accepts_any_spacing(
     assert ("sform-qform", "T1/clean00.nii.gz") in {(w.kind, w.where) for w in report.warnings}
 
 
+TWO_MM = np.diag([2.0, 2, 2, 1])
+
+
+def _of_two_mm(root: Path) -> Planted:
+    cohort = Planted(root)
+    for index, name in enumerate(CLEAN):
+        _save(cohort.image(name), _volume(300 + index), TWO_MM)
+    return cohort
+
+
+def test_a_header_of_other_voxels_is_a_fault_also_when_resampling(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    cohort.add("centimetres", affine=np.diag([20.0, 20, 20, 1]))
+    cohort.add("micron", affine=np.diag([2e-1, 2e-1, 2e-1, 1]))
+    for shape in (None, [16, 16, 16]):
+        report = check_cohort(cohort.config(spacing_mm=2.0, shape=shape, labels=None), progress=False)
+        assert [(fault.kind, fault.where, fault.record) for fault in report.faults] == [
+            ("field-of-view", "T1/centimetres.nii.gz", "centimetres"),
+            ("field-of-view", "T1/micron.nii.gz", "micron"),
+        ]
+    assert "200 x 220 x 240 mm (voxels of 20 x 20 x 20 mm), the cohort's median 20 x 22 x 24 mm" in report.render()
+    as_stored = check_cohort(cohort.config(labels=None), progress=False)
+    assert [fault.kind for fault in as_stored.faults] == ["spacing"] * 2
+
+
+def test_thick_slices_and_fields_of_view_that_are_cropped_only_warn(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    cohort.add("thick", array=_volume(1, (10, 11, 3)), affine=np.diag([2.0, 2, 8, 1]))
+    cohort.add("long", array=_volume(2, (10, 11, 40)), affine=TWO_MM)
+    report = check_cohort(cohort.config(spacing_mm=2.0, labels=None), progress=False)
+    assert [(fault.kind, fault.record) for fault in report.faults] == [("field-of-view", "long")]
+    assert ("voxel-size", "thick") in {(warning.kind, warning.record) for warning in report.warnings}
+    cropped = check_cohort(cohort.config(spacing_mm=2.0, labels=None, shape=[16, 16, 16]), progress=False)
+    assert cropped.faults == ()
+    assert {(warning.kind, warning.record) for warning in cropped.warnings} >= {
+        ("voxel-size", "thick"),
+        ("field-of-view", "long"),
+    }
+
+
+def test_the_report_prints_the_grid_of_the_model(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    config = cohort.config(spacing_mm=[4.0, 2.0, 1.0], labels=None)
+    report = check_cohort(config, progress=False, multiple=8)
+    assert report.facts["model_grid"] == {"channels": 1, "shape": [8, 16, 24], "spacing_mm": [4.0, 2.0, 1.0]}
+    assert "channels 1, shape [8, 16, 24], spacing_mm [4.0, 2.0, 1.0]" in report.render()
+    given = check_cohort(config | {"shape": [8, 8, 8], "spacing_mm": None}, progress=False, multiple=8)
+    assert given.facts["model_grid"] == {"channels": 1, "shape": [8, 8, 8], "spacing_mm": [2.0, 2.0, 2.0]}
+
+
+def test_pictures_of_another_size_warn(tmp_path):
+    for index, side in enumerate([16] * 6 + [50]):
+        Image.fromarray(_volume(index, (16, side)).astype(np.uint8)).save(tmp_path / f"p{index}.png")
+    config = {"root": str(tmp_path), "image": "{name}.png", "id": "name", "subject": "name", "spatial_dims": 2}
+    report = check_cohort(config | {"intensity": {"kind": "window", "lower": 0, "upper": 255}}, progress=False)
+    assert report.faults == ()
+    assert ("field-of-view", "p6") in {(warning.kind, warning.record) for warning in report.warnings}
+    assert report.facts["model_grid"] == {"channels": 1, "shape": [16, 50]}
+
+
 def test_channels_lie_on_one_grid(tmp_path):
     cohort = Planted(tmp_path)
     for index, name in enumerate(CLEAN):
