@@ -320,6 +320,14 @@ def test_channels_lie_on_one_grid(tmp_path):
     assert [(fault.kind, fault.where) for fault in faults] == [("channels-shape", "T2/clean02.nii.gz")]
 
 
+def test_impossible_covariates_warn_and_stop_nothing(tmp_path):
+    cohort = Planted(tmp_path)
+    place = cohort.add("unknown_age", age="-9")
+    report = check_cohort(cohort.config(covariates={"age": {"kind": "continuous"}}), progress=False)
+    assert report.faults == ()
+    assert ("covariate-code-of-missing", place) in {(warning.kind, warning.where) for warning in report.warnings}
+
+
 def test_pictures_and_arrays(tmp_path):
     rows = ["participant_id\tfile"]
     for index in range(10):
