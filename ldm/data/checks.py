@@ -22,7 +22,7 @@ from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Draft, draft_cohort
 from ldm.data.faults import Fault, render
 from ldm.data.file_faults import file_faults, file_warnings, files_without_row
-from ldm.data.grids import model_grid, unlike_sizes
+from ldm.data.grids import model_grid, unlike_sizes, volumes_as_channels
 from ldm.data.inspection import FileFacts, FileReader
 from ldm.data.plausibility import implausible_values
 from ldm.errors import LdmError
@@ -128,8 +128,9 @@ def check_cohort(
     affected = {fault.record for fault in faults if fault.record} if draft.leave_out else set()
     cohort, late, notes = assemble(draft, affected) if draft.readable else (None, [], [])
     faults += late
-    table = [*draft.warnings, *implausible_values(draft), *notes]
-    warnings = list(dict.fromkeys([*table, *file_warnings(draft, files), *size_warnings, *files_without_row(draft)]))
+    warnings = [*draft.warnings, *implausible_values(draft), *notes, *file_warnings(draft, files), *size_warnings]
+    warnings += [*volumes_as_channels(draft, files), *files_without_row(draft)]
+    warnings = list(dict.fromkeys(warnings))
     left_out = sorted({fault.record for fault in faults if fault.record}) if draft.leave_out else []
     stops = any(not draft.leave_out or fault.record is None for fault in faults)
     facts = {

@@ -9,7 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ldm.data.draft import Draft, Record, shown
+from ldm.data.draft import DEFAULT_CHANNEL, Draft, Record, shown
 from ldm.data.faults import Fault
 from ldm.data.geometry import Geometry, smallest_shape
 from ldm.data.inspection import FileFacts
@@ -43,6 +43,25 @@ def unlike_sizes(draft: Draft, files: Mapping[str, FileFacts]) -> tuple[list[Fau
         _volumes(draft, [pair for pair in good if files[pair[1]].affine is not None], files, faults, warnings)
         _pictures(draft, [pair for pair in good if files[pair[1]].affine is None], files, warnings)
     return faults, warnings
+
+
+def volumes_as_channels(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
+    """Channels of ``data.image`` whose NIfTI files hold several volumes each, which all become channels."""
+    remedy = (
+        "nothing, if they are the channels of one image; otherwise split the files into one volume each and name "
+        "the one to use in data.image, or all of them as a mapping {channel: template}, e.g. "
+        "{T1: 'T1/{participant_id}.nii.gz', T2: 'T2/{participant_id}.nii.gz'}"
+    )
+    warnings = []
+    for channel in draft.templates:
+        good = [files[record.images[channel]] for record in draft.kept if channel in record.images]
+        counts = Counter(one.shape[0] for one in good if one.kind is None and one.affine is not None)
+        volumes, number = counts.most_common(1)[0] if counts else (1, 0)
+        if volumes > 1:
+            key = "data.image" if channel == DEFAULT_CHANNEL else f"data.image.{channel}"
+            reason = f"{number} files are 4-D and hold {volumes} volumes each: '{channel}' becomes {volumes} channels"
+            warnings.append(Fault(key, "volumes-as-channels", reason, remedy))
+    return warnings
 
 
 def _volumes(

@@ -328,6 +328,31 @@ def test_impossible_covariates_warn_and_stop_nothing(tmp_path):
     assert ("covariate-code-of-missing", place) in {(warning.kind, warning.where) for warning in report.warnings}
 
 
+def test_a_cohort_of_several_volumes_a_file_warns(tmp_path):
+    cohort = Planted(tmp_path)
+    assert "volumes-as-channels" not in check_cohort(cohort.config(), progress=False).render()
+    for index, name in enumerate(CLEAN):
+        _save(cohort.image(name), _volume(400 + index, (*SHAPE, 3)))
+    report = check_cohort(cohort.config(), progress=False)
+    assert report.faults == ()
+    assert report.facts["model_grid"]["channels"] == 3
+    (warning,) = (warning for warning in report.warnings if warning.kind == "volumes-as-channels")
+    assert warning.where == "data.image"
+    assert warning.reason == "12 files are 4-D and hold 3 volumes each: 'image' becomes 3 channels"
+    assert "mapping" in warning.remedy
+    named = check_cohort(cohort.config(image={"t1": "T1/{file}.nii.gz"}), progress=False)
+    assert "data.image.t1" in {warning.where for warning in named.warnings}
+
+
+def test_a_row_that_stands_twice_has_the_faults_of_its_files_once(tmp_path):
+    cohort = Planted(tmp_path)
+    cohort.add("twice")
+    cohort.rows.append(cohort.rows[-1])
+    cohort.image("twice").write_bytes(b"no scan")
+    report = check_cohort(cohort.config(), progress=False)
+    assert [fault.kind for fault in report.faults] == ["duplicate-id"] * 2 + ["unreadable"]
+
+
 def test_pictures_and_arrays(tmp_path):
     rows = ["participant_id\tfile"]
     for index in range(10):
