@@ -273,11 +273,19 @@ def affine_mm(nifti: nib.Nifti1Image) -> np.ndarray:
     return affine
 
 
+def spans_space(affine: np.ndarray) -> bool:
+    """Whether a (4, 4) affine in mm gives voxels a size along three directions that can be told apart."""
+    if not np.isfinite(affine).all():
+        return False
+    # 1e-9 mm3 is far below any voxel, so only a truly flat grid is refused. Axes that almost coincide have no codes.
+    sized = 1e-9 <= abs(np.linalg.det(affine[:3, :3])) < np.inf
+    return bool(sized and not np.isnan(nib.io_orientation(affine)).any())
+
+
 def _nifti_affine(path: Path, nifti: nib.Nifti1Image) -> np.ndarray:
     """Voxel index to world (RAS+) in mm: sform, else qform, else voxel sizes (as nibabel decides)."""
     affine = _attempt(path, "NIfTI", lambda: affine_mm(nifti))
-    # 1e-9 mm3 is far below any voxel, so only a truly flat grid is refused.
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not spans_space(affine):
         raise LdmError(
             f"{path}: the affine has no inverse (zero or non-finite voxel size):\n{affine}\n"
             "Mend the header's sform/qform or convert the scan again."

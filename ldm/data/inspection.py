@@ -162,7 +162,7 @@ def _inspect_forms(nifti: nib.Nifti1Image) -> FileFacts:
     sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     affine = images.affine_mm(nifti)
     determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
-    if not 1e-9 < abs(determinant) < np.inf or np.isnan(nib.io_orientation(affine)).any():
+    if not images.spans_space(affine):
         return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:
         return FileFacts()

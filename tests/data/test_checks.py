@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.checks import check_cohort
+from ldm.data.images import read
 from ldm.data.inspection import _inspect_header, inspect
 from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
@@ -390,6 +391,18 @@ def test_pictures_and_arrays(tmp_path):
     assert {fault.where for fault in faults if fault.kind == "unreadable"} == {
         f"good.npz::images[{row}]" for row in range(2, 13)
     }
+
+
+def test_axes_that_coincide_are_a_singular_affine_for_slices_too(tmp_path):
+    affine = np.eye(4)
+    affine[:3, 1] = [1e20, 1, 0]
+    image = nib.Nifti1Image(_volume(1), np.eye(4))
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert inspect(str(tmp_path / "a.nii.gz"), "image", 3, IntensityRecipe()).kind == "singular-affine"
+    assert inspect(f"{tmp_path}/a.nii.gz::axial[3]", "image", 2, IntensityRecipe()).kind == "singular-affine"
+    with pytest.raises(LdmError, match="no inverse"):
+        read(tmp_path / "a.nii.gz::axial[3]")
 
 
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
