@@ -432,6 +432,7 @@ def _npy_header(text: str) -> bytes:
         "{'descr': ['<f4'], 'fortran_order': False, 'shape': (4, 4)}",
     ],
 )
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_damaged_array_headers_are_told(tmp_path, header):
     (tmp_path / "a.npy").write_bytes(_npy_header(header))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
