@@ -20,7 +20,7 @@ def run(config: DictConfig) -> CheckReport:
         LdmError: there are faults that stop, see ``data.faults``.
     """
     datamodule = cohort_datamodule(config)
-    report = check_cohort(datamodule.config, datamodule.cache_dir)
+    report = check_cohort(datamodule.config, datamodule.cache_dir, multiple=datamodule.multiple)
     write_json(Path(config.run_dir) / "check.json", report.to_dict())
     sys.stdout.write(report.render() + "\n")
     if report.stopping:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Draft, draft_cohort
 from ldm.data.faults import Fault, render
 from ldm.data.file_faults import file_faults, file_warnings, files_without_row
+from ldm.data.grids import model_grid, unlike_sizes, volumes_as_channels
 from ldm.data.inspection import FileFacts, FileReader
+from ldm.data.plausibility import implausible_values
 from ldm.errors import LdmError
 
 __all__ = ["CheckReport", "Fault", "check_cohort"]
@@ -40,7 +42,7 @@ class CheckReport:
         faults: everything that is wrong.
         warnings: what deserves a look and stops nothing.
         cohort: the cohort after the policy; ``None`` when the faults stop it.
-        facts: counts, shapes, spacing, split hash, files read and taken from the cache, seconds.
+        facts: counts, shapes, spacing, the model's grid, split hash, files read and taken from the cache, seconds.
     """
 
     name: str
@@ -99,7 +101,10 @@ def _plain(value: Any) -> str:
 
 
 def check_cohort(
-    data_cfg: Mapping[str, Any] | DictConfig, cache_dir: Path | None = None, progress: bool = True
+    data_cfg: Mapping[str, Any] | DictConfig,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+    multiple: int | Sequence[int] = 1,
 ) -> CheckReport:
     """Read the table and every file of a cohort and report all that is wrong.
 
@@ -107,6 +112,7 @@ def check_cohort(
         data_cfg: the ``data`` configuration (``conf/data/base.yaml`` explains every key).
         cache_dir: where results are kept, so that unchanged files are not read again; ``None``: nowhere.
         progress: show a progress bar on a terminal.
+        multiple: what the shape of the model's grid must be a multiple of, one number or one an axis.
 
     Raises:
         LdmError: only when the configuration or the table itself cannot be read; faults are in the report,
@@ -116,15 +122,19 @@ def check_cohort(
     draft = draft_cohort(data_cfg)
     reader = FileReader(draft, cache_dir)
     files = reader.read_all(progress)
-    faults = [*draft.faults, *file_faults(draft, files)]
+    sizes, size_warnings = unlike_sizes(draft, files)
+    # Rows that stand twice have their files' faults twice.
+    faults = list(dict.fromkeys([*draft.faults, *file_faults(draft, files), *sizes]))
     affected = {fault.record for fault in faults if fault.record} if draft.leave_out else set()
     cohort, late, notes = assemble(draft, affected) if draft.readable else (None, [], [])
     faults += late
-    warnings = [*draft.warnings, *notes, *file_warnings(draft, files), *files_without_row(draft)]
+    warnings = [*draft.warnings, *implausible_values(draft), *notes, *file_warnings(draft, files), *size_warnings]
+    warnings += [*volumes_as_channels(draft, files), *files_without_row(draft)]
+    warnings = list(dict.fromkeys(warnings))
     left_out = sorted({fault.record for fault in faults if fault.record}) if draft.leave_out else []
     stops = any(not draft.leave_out or fault.record is None for fault in faults)
     facts = {
-        **_summary(draft, cohort, files),
+        **_summary(draft, cohort, files, multiple),
         "files": len(files),
         "from_cache": reader.cached,
         "seconds": round(time.monotonic() - start, 2),
@@ -137,7 +147,9 @@ def check_cohort(
     )
 
 
-def _summary(draft: Draft, cohort: Cohort | None, files: Mapping[str, FileFacts]) -> dict[str, Any]:
+def _summary(
+    draft: Draft, cohort: Cohort | None, files: Mapping[str, FileFacts], multiple: int | Sequence[int]
+) -> dict[str, Any]:
     records = draft.kept if cohort is None else cohort.records
     good = [files[ref] for record in records for ref in record.images.values() if files[ref].kind is None]
     shapes = np.array([facts.shape for facts in good if len(facts.shape) == draft.config["spatial_dims"] + 1])
@@ -152,4 +164,5 @@ def _summary(draft: Draft, cohort: Cohort | None, files: Mapping[str, FileFacts]
         "shape_max": shapes.max(axis=0).tolist() if len(shapes) else None,
         "spacing_mm": list(spacings.most_common(1)[0][0]) if spacings else None,
         "spacings": len(spacings),
+        "model_grid": model_grid(draft.config, records, files, multiple),
     }

@@ -256,7 +256,7 @@ class CohortDataModule(L.LightningDataModule):
     def _read_cohort(self, progress: bool) -> None:
         if self._cohort is not None:
             return
-        report = check_cohort(self.config, self.cache_dir, progress)
+        report = check_cohort(self.config, self.cache_dir, progress, self.multiple)
         report.raise_for_policy()
         for warning in report.warnings:
             logger.warning("%s: %s", warning.where, warning.reason)

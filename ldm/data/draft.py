@@ -108,6 +108,11 @@ class Draft:
         return self.config["faults"] == "leave_out"
 
 
+def shown(draft: Draft, ref: str) -> str:
+    """A reference as the report shows it: below the root."""
+    return ref.removeprefix(f"{draft.root}/")
+
+
 def draft_cohort(data_cfg: Mapping[str, Any] | DictConfig) -> Draft:
     """Read the table, build a record a row, and collect every fault that can be found without the images.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data import images
-from ldm.data.draft import Draft, Record
+from ldm.data.draft import Draft, Record, shown
 from ldm.data.faults import Fault
 from ldm.data.inspection import FileFacts, corner_shift
 from ldm.data.preprocessing import GRID_TOLERANCE
@@ -38,7 +38,7 @@ def file_faults(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
         for ref in dict.fromkeys(record.references):
             if files[ref].kind:
                 kind = files[ref].kind
-                faults.append(Fault(_shown(draft, ref), kind, files[ref].reason, _REMEDIES[kind], record.id))
+                faults.append(Fault(shown(draft, ref), kind, files[ref].reason, _REMEDIES[kind], record.id))
         faults += _disagreements(draft, record, files)
     faults += _unlike_cohort(draft, files)
     faults += _identical(draft, files)
@@ -56,7 +56,7 @@ def _disagreements(draft: Draft, record: Record, files: Mapping[str, FileFacts])
         found = _off_grid(image, other) if comparable else None
         if found:
             remedy = f"resample the {role} onto the grid of the image"
-            faults.append(Fault(_shown(draft, ref), f"{role}-{found[0]}", found[1], remedy, record.id))
+            faults.append(Fault(shown(draft, ref), f"{role}-{found[0]}", found[1], remedy, record.id))
     return faults
 
 
@@ -92,7 +92,7 @@ def _unlike_channels(draft: Draft, refs: Sequence[tuple[Record, str]], files: Ma
     remedy = "give every image the same channels; for one volume of a 4-D file, extract it"
     return [
         Fault(
-            _shown(draft, ref),
+            shown(draft, ref),
             "wrong-dimensions",
             f"has {files[ref].shape[0]} channels or volumes, most of the cohort {usual}",
             remedy,
@@ -116,7 +116,7 @@ def _unlike_spacing(draft: Draft, refs: Sequence[tuple[Record, str]], files: Map
         spacing = files[ref].spacing
         if spacing is not None and not np.allclose(spacing, usual, rtol=SPACING_TOLERANCE, atol=0):
             reason = f"voxels of {_sizes(spacing)} mm, most of the cohort {text} mm"
-            faults.append(Fault(_shown(draft, ref), "spacing", reason, remedy, record.id))
+            faults.append(Fault(shown(draft, ref), "spacing", reason, remedy, record.id))
     return faults
 
 
@@ -142,15 +142,15 @@ def _identical(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
         alike = all(record.covariates == records[0].covariates for record in records)
         for record in records[1:] if alike else records if len(records) > 1 else ():
             other = next(other for other in records if other is not record)
-            reason = f"the same pixels as '{other.id}' ({_shown(draft, other.images[channel])})"
-            faults.append(Fault(_shown(draft, record.images[channel]), "identical-image", reason, remedy, record.id))
+            reason = f"the same pixels as '{other.id}' ({shown(draft, other.images[channel])})"
+            faults.append(Fault(shown(draft, record.images[channel]), "identical-image", reason, remedy, record.id))
     return faults
 
 
 def file_warnings(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
     remedy = "nothing, if the two are meant to name different spaces: the sform is used"
     return [
-        Fault(_shown(draft, ref), "sform-qform", files[ref].note, remedy, record.id)
+        Fault(shown(draft, ref), "sform-qform", files[ref].note, remedy, record.id)
         for record in draft.kept
         for ref in dict.fromkeys(record.references)
         if files[ref].note
@@ -173,8 +173,3 @@ def files_without_row(draft: Draft) -> list[Fault]:
 
 def _keyed_templates(draft: Draft) -> Iterable[tuple[str, Any]]:
     return ((template.where.removeprefix("data."), template) for template in draft.templates.values())
-
-
-def _shown(draft: Draft, ref: str) -> str:
-    """A reference as the report shows it: below the root."""
-    return ref.removeprefix(f"{draft.root}/")

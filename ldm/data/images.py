@@ -18,9 +18,13 @@ Every failure is an `LdmError` that names the file, the cause and the remedy. No
 from __future__ import annotations
 
 import functools
+import lzma
+import math
 import os
 import re
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -47,13 +51,24 @@ T = TypeVar("T")
 
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
-# What nibabel, Pillow, gzip, zipfile and NumPy raise on damaged files (SyntaxError: Pillow on PNG chunks).
-_READ_ERRORS = (
+# Deflate puts 258 bytes into 2 bits at best, so that no file holds more than this many times its size.
+_GZIP_EXPANSION = 1032
+_DAMAGED = "damaged, incomplete or of another kind"
+# What nibabel, Pillow, gzip, zipfile and NumPy raise on damaged files.
+READ_ERRORS = (
     OSError,
     EOFError,
     ValueError,
-    SyntaxError,
+    ArithmeticError,  # sizes beyond 64 bits
+    MemoryError,  # sizes beyond the machine
+    LookupError,  # codes that stand for nothing
+    TypeError,  # NumPy: entries of another type than a header has
+    RuntimeError,  # zipfile: encrypted, or an unknown compression
+    SyntaxError,  # Pillow: PNG chunks; NumPy: headers, which are Python literals
+    tokenize.TokenError,  # NumPy: likewise
+    struct.error,
     zlib.error,
+    lzma.LZMAError,
     zipfile.BadZipFile,
     ImageFileError,
     HeaderDataError,
@@ -192,12 +207,19 @@ def _attempt(path: Path, what: str, action: Callable[[], T]) -> T:
         return action()
     except LdmError:
         raise
-    except _READ_ERRORS as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except READ_ERRORS as error:
+        state = "larger than the memory, or damaged" if isinstance(error, MemoryError) else _DAMAGED
         raise LdmError(
-            f"{path}: cannot be read as {what} ({cause}). "
-            "The file is damaged, incomplete or of another kind; copy or export it again."
+            f"{path}: cannot be read as {what} ({cause(error)}). The file is {state}; copy or export it again."
         ) from error
+
+
+def cause(error: Exception) -> str:
+    """First line of what an exception says; its type where that alone tells something."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if text and not isinstance(error, LookupError):
+        return text
+    return f"{type(error).__name__} {text}".strip()
 
 
 # NIfTI ------------------------------------------------------------------------------------------------
@@ -210,30 +232,60 @@ def _open_nifti(path: Path) -> nib.Nifti1Image:
     dtype = nifti.get_data_dtype()
     if dtype.kind not in "iufb":
         raise LdmError(f"{path}: stores {dtype} voxels. Only integers and floats are read; convert it first.")
+    _expect_to_fit(path, nifti)
     return nifti
+
+
+def _expect_to_fit(path: Path, nifti: nib.Nifti1Image) -> None:
+    """Refuse a header that claims more voxels than the file can hold, before memory is set aside for them."""
+    claimed = math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
+    size = path.stat().st_size
+    held = size * _GZIP_EXPANSION if _suffix(path) == ".nii.gz" else size - int(nifti.dataobj.offset)
+    if claimed > held:
+        shape = " x ".join(map(str, nifti.shape))
+        raise LdmError(
+            f"{path}: the header claims {shape} voxels ({claimed} bytes), but the file holds at most {max(held, 0)}. "
+            "The file is damaged or incomplete; copy or export it again."
+        )
 
 
 def _nifti_shape(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
     """Spatial shape (i, j, k) and number of channels of a NIfTI file with 2 to 5 axes."""
     spatial = (*shape[:3], 1, 1)[:3]
     rest = [size for size in shape[3:] if size != 1]
-    if len(rest) > 1 or 0 in shape or len(shape) < 2:
+    if len(rest) > 1 or len(shape) < 2 or min(shape) < 1:
         raise LdmError(f"{path}: has shape {tuple(shape)}; expected (i, j, k) or (i, j, k, channels).")
     return tuple(int(size) for size in spatial), int(rest[0]) if rest else 1
 
 
 def affine_mm(nifti: nib.Nifti1Image) -> np.ndarray:
-    """The affine that nibabel decides on, in mm whatever unit the header has."""
+    """The affine that nibabel decides on, in mm whatever unit the header has.
+
+    Raises HeaderDataError for a code of units that NIfTI does not have.
+    """
+    try:
+        unit = nifti.header.get_xyzt_units()[0]
+    except KeyError as error:
+        code = int(nifti.header["xyzt_units"])
+        raise HeaderDataError(f"xyzt_units is {code}, which stands for no units") from error
     affine = np.array(nifti.affine, dtype=np.float64)
-    affine[:3] *= _MM_PER_UNIT.get(nifti.header.get_xyzt_units()[0], 1.0)
+    affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
     return affine
+
+
+def spans_space(affine: np.ndarray) -> bool:
+    """Whether a (4, 4) affine in mm gives voxels a size along three directions that can be told apart."""
+    if not np.isfinite(affine).all():
+        return False
+    # 1e-9 mm3 is far below any voxel, so only a truly flat grid is refused. Axes that almost coincide have no codes.
+    sized = 1e-9 <= abs(np.linalg.det(affine[:3, :3])) < np.inf
+    return bool(sized and not np.isnan(nib.io_orientation(affine)).any())
 
 
 def _nifti_affine(path: Path, nifti: nib.Nifti1Image) -> np.ndarray:
     """Voxel index to world (RAS+) in mm: sform, else qform, else voxel sizes (as nibabel decides)."""
     affine = _attempt(path, "NIfTI", lambda: affine_mm(nifti))
-    # 1e-9 mm3 is far below any voxel, so only a truly flat grid is refused.
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not spans_space(affine):
         raise LdmError(
             f"{path}: the affine has no inverse (zero or non-finite voxel size):\n{affine}\n"
             "Mend the header's sform/qform or convert the scan again."
@@ -272,9 +324,13 @@ def _nifti_volume(path: Path) -> Image:
     affine, facts = _nifti_affine(path, nifti), _nifti_facts(path, nifti)
     # nibabel applies slope and intercept in float64 and leaves unscaled integers as they are, so that
     # integer labels and large intensities are rounded once at most, to float32.
-    stored = _attempt(path, "NIfTI", lambda: np.asanyarray(nifti.dataobj))
-    array = np.moveaxis(stored.reshape(*shape, channels), -1, 0).astype(np.float32)
-    return Image(np.ascontiguousarray(array), affine, facts)
+    array = _attempt(path, "NIfTI", lambda: _channels_first(np.asanyarray(nifti.dataobj), shape, channels))
+    return Image(array, affine, facts)
+
+
+def _channels_first(stored: np.ndarray, shape: tuple[int, int, int], channels: int) -> np.ndarray:
+    """(I, J, K[, 1][, C]) -> (C, I, J, K), float32."""
+    return np.ascontiguousarray(np.moveaxis(stored.reshape(*shape, channels), -1, 0).astype(np.float32))
 
 
 # A compressed volume can only be read whole: the last ones are kept, so that reading slice after slice of the channels

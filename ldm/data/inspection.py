@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,8 +14,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from rich.console import Console
 from rich.progress import track
 
@@ -62,10 +59,19 @@ class FileFacts:
         """Voxel size in mm along the axes nearest to R, A and S; ``None`` without an affine."""
         if self.affine is None:
             return None
-        affine = np.array(self.affine)
-        axes = nib.io_orientation(affine)[:, 0]
-        sizes = nib.affines.voxel_sizes(affine)
-        return tuple(round(float(sizes[list(axes).index(axis)]), 4) for axis in range(3))
+        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)))
+
+    @property
+    def extent(self) -> tuple[float, ...]:
+        """Field of view in mm along the axes nearest to R, A and S; without an affine in pixels as stored."""
+        if self.affine is None:
+            return tuple(float(size) for size in self.shape[1:])
+        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)) * self.shape[1:])
+
+    def _along_world(self, sizes: np.ndarray) -> tuple[float, ...]:
+        """Sizes along the stored axes, in the order of the axes nearest to R, A and S."""
+        axes = list(nib.io_orientation(np.array(self.affine))[:, 0])
+        return tuple(round(float(sizes[axes.index(axis)]), 4) for axis in range(3))
 
 
 class FileReader:
@@ -146,12 +152,17 @@ def _inspect_header(path: Path) -> FileFacts:
         return FileFacts()
     try:
         nifti = nib.load(path)
-        sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
-        return FileFacts("unreadable", f"cannot be read as NIfTI ({_first_line(error)})")
+        # What else may have such a name, e.g. CIFTI, is refused in words when it is read.
+        return _inspect_forms(nifti) if isinstance(nifti, nib.Nifti1Pair) else FileFacts()
+    except images.READ_ERRORS as error:
+        return FileFacts("unreadable", f"cannot be read as NIfTI ({images.cause(error)})")
+
+
+def _inspect_forms(nifti: nib.Nifti1Image) -> FileFacts:
+    sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
     affine = images.affine_mm(nifti)
     determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
-    if not abs(determinant) > 1e-9:
+    if not images.spans_space(affine):
         return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:
         return FileFacts()
@@ -220,10 +231,6 @@ def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Cache ------------------------------------------------------------------------------------------------

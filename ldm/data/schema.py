@@ -78,7 +78,8 @@ class Covariate:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise LdmError(f"covariate '{self.name}': {value!r} is not a finite number{self._unit()}")
+            unit = f" (in {self.unit})" if self.unit else ""
+            raise LdmError(f"covariate '{self.name}': {value!r} is not a finite number{unit}")
         return number
 
     def level_index(self, value: Value) -> int:

@@ -15,6 +15,7 @@ from ldm.errors import LdmError
 MISSING = frozenset({"", "n/a", "na", "nan"})
 """Texts, in lower case, that mean that a value was not recorded."""
 SEPARATORS = {".tsv": "\t", ".csv": ","}
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
 Row = dict[str, str | None]
 
@@ -44,7 +45,8 @@ def read_table(path: Path) -> Table:
         LdmError: if it is missing, of another kind, not UTF-8, ragged, without rows, or has a column twice.
     """
     if path.suffix.lower() not in SEPARATORS:
-        raise LdmError(f"{path}: a table is a .tsv or .csv file, not '{path.suffix}'")
+        export = "; export the sheet as .tsv or .csv" if path.suffix.lower() in SPREADSHEETS else ""
+        raise LdmError(f"{path}: a table is a .tsv or .csv file, not '{path.suffix}'{export}")
     separator = SEPARATORS[path.suffix.lower()]
     try:
         frame = pd.read_csv(
@@ -61,7 +63,7 @@ def read_table(path: Path) -> Table:
             f"{path}: no such table; set data.table, or null to take the rows from the file names"
         ) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise LdmError(f"{path}: cannot be read as a table ({str(error).strip()}); save it as UTF-8 text") from error
+        raise LdmError(f"{path}: cannot be read as a table ({str(error).strip()}); {_remedy(error)}") from error
     lines = [tuple(text.strip() for text in line) for line in frame.itertuples(index=False, name=None)]
     columns = lines[0]
     _check_columns(path, columns, separator)
@@ -109,6 +111,19 @@ def expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequenc
                 f"{path}: column '{column}' is no covariate of the model. Did you mean '{absent[match[0]]}'? "
                 "Rename or remove it."
             )
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a file that pandas cannot read as a table."""
+    if isinstance(error, UnicodeDecodeError):
+        return "save it as UTF-8 text"
+    if isinstance(error, pd.errors.EmptyDataError):
+        return "it needs a header line and a line an image"
+    if "inside string" in str(error):
+        return "close the quotation mark that is open from that row on, or remove it"
+    if isinstance(error, pd.errors.ParserError):
+        return "give every line as many cells as the header, and quote a cell that holds the separator"
+    return "see that the file can be read"
 
 
 def _check_columns(path: Path, columns: tuple[str, ...], separator: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -13,11 +14,16 @@ import pytest
 from PIL import Image
 
 from ldm.data.checks import check_cohort
-from ldm.data.inspection import _inspect_header
+from ldm.data.images import read
+from ldm.data.inspection import _inspect_header, inspect
+from ldm.data.intensity import IntensityRecipe
 from ldm.errors import LdmError
 
 SHAPE = (10, 11, 12)
 COLUMNS = ("participant_id", "subject", "file", "age", "sex", "scanner", "split", "late")
+DIM, XYZT_UNITS = 40, 123
+"""Offsets in a NIfTI-1 header."""
+HUGE = np.array([3, 32767, 32767, 32767, 1, 1, 1, 1], "<i2").tobytes()
 CLEAN = [f"clean{i:02}" for i in range(12)]
 
 
@@ -28,6 +34,14 @@ def _volume(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 def _save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+def _patch(path: Path, offset: int, patch: bytes) -> None:
+    """Overwrite bytes of a file, or of what a gzipped one holds."""
+    zipped = path.suffix == ".gz"
+    content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    content = content[:offset] + patch + content[offset + len(patch) :]
+    path.write_bytes(gzip.compress(content) if zipped else content)
 
 
 class Planted:
@@ -119,6 +133,10 @@ def _plant(root: Path) -> tuple[Planted, set[tuple[str, str]]]:
     cohort.image("truncated").write_bytes(content[: len(content) // 2])
     in_file("unreadable", "no_nifti")
     cohort.image("no_nifti").write_bytes(gzip.compress(b"not a scan" * 50))
+    in_file("unreadable", "units")
+    _patch(cohort.image("units"), XYZT_UNITS, bytes([112]))
+    in_file("unreadable", "huge")
+    _patch(cohort.image("huge"), DIM, HUGE)
     in_file("missing-file", "absent")
     cohort.image("absent").unlink()
     in_file("sform-qform", "two_forms")
@@ -234,6 +252,66 @@ def test_forms_of_different_spaces_only_warn_and_resampling_accepts_any_spacing(
     assert ("sform-qform", "T1/clean00.nii.gz") in {(w.kind, w.where) for w in report.warnings}
 
 
+TWO_MM = np.diag([2.0, 2, 2, 1])
+
+
+def _of_two_mm(root: Path) -> Planted:
+    cohort = Planted(root)
+    for index, name in enumerate(CLEAN):
+        _save(cohort.image(name), _volume(300 + index), TWO_MM)
+    return cohort
+
+
+def test_a_header_of_other_voxels_is_a_fault_also_when_resampling(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    cohort.add("centimetres", affine=np.diag([20.0, 20, 20, 1]))
+    cohort.add("micron", affine=np.diag([2e-1, 2e-1, 2e-1, 1]))
+    for shape in (None, [16, 16, 16]):
+        report = check_cohort(cohort.config(spacing_mm=2.0, shape=shape, labels=None), progress=False)
+        assert [(fault.kind, fault.where, fault.record) for fault in report.faults] == [
+            ("field-of-view", "T1/centimetres.nii.gz", "centimetres"),
+            ("field-of-view", "T1/micron.nii.gz", "micron"),
+        ]
+    assert "200 x 220 x 240 mm (voxels of 20 x 20 x 20 mm), the cohort's median 20 x 22 x 24 mm" in report.render()
+    as_stored = check_cohort(cohort.config(labels=None), progress=False)
+    assert [fault.kind for fault in as_stored.faults] == ["spacing"] * 2
+
+
+def test_thick_slices_and_fields_of_view_that_are_cropped_only_warn(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    cohort.add("thick", array=_volume(1, (10, 11, 3)), affine=np.diag([2.0, 2, 8, 1]))
+    cohort.add("long", array=_volume(2, (10, 11, 40)), affine=TWO_MM)
+    report = check_cohort(cohort.config(spacing_mm=2.0, labels=None), progress=False)
+    assert [(fault.kind, fault.record) for fault in report.faults] == [("field-of-view", "long")]
+    assert ("voxel-size", "thick") in {(warning.kind, warning.record) for warning in report.warnings}
+    cropped = check_cohort(cohort.config(spacing_mm=2.0, labels=None, shape=[16, 16, 16]), progress=False)
+    assert cropped.faults == ()
+    assert {(warning.kind, warning.record) for warning in cropped.warnings} >= {
+        ("voxel-size", "thick"),
+        ("field-of-view", "long"),
+    }
+
+
+def test_the_report_prints_the_grid_of_the_model(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    config = cohort.config(spacing_mm=[4.0, 2.0, 1.0], labels=None)
+    report = check_cohort(config, progress=False, multiple=8)
+    assert report.facts["model_grid"] == {"channels": 1, "shape": [8, 16, 24], "spacing_mm": [4.0, 2.0, 1.0]}
+    assert "channels 1, shape [8, 16, 24], spacing_mm [4.0, 2.0, 1.0]" in report.render()
+    given = check_cohort(config | {"shape": [8, 8, 8], "spacing_mm": None}, progress=False, multiple=8)
+    assert given.facts["model_grid"] == {"channels": 1, "shape": [8, 8, 8], "spacing_mm": [2.0, 2.0, 2.0]}
+
+
+def test_pictures_of_another_size_warn(tmp_path):
+    for index, side in enumerate([16] * 6 + [50]):
+        Image.fromarray(_volume(index, (16, side)).astype(np.uint8)).save(tmp_path / f"p{index}.png")
+    config = {"root": str(tmp_path), "image": "{name}.png", "id": "name", "subject": "name", "spatial_dims": 2}
+    report = check_cohort(config | {"intensity": {"kind": "window", "lower": 0, "upper": 255}}, progress=False)
+    assert report.faults == ()
+    assert ("field-of-view", "p6") in {(warning.kind, warning.record) for warning in report.warnings}
+    assert report.facts["model_grid"] == {"channels": 1, "shape": [16, 50]}
+
+
 def test_channels_lie_on_one_grid(tmp_path):
     cohort = Planted(tmp_path)
     for index, name in enumerate(CLEAN):
@@ -241,6 +319,39 @@ def test_channels_lie_on_one_grid(tmp_path):
     config = cohort.config(image={"t1": "T1/{file}.nii.gz", "t2": "T2/{file}.nii.gz"})
     faults = check_cohort(config, progress=False).faults
     assert [(fault.kind, fault.where) for fault in faults] == [("channels-shape", "T2/clean02.nii.gz")]
+
+
+def test_impossible_covariates_warn_and_stop_nothing(tmp_path):
+    cohort = Planted(tmp_path)
+    place = cohort.add("unknown_age", age="-9")
+    report = check_cohort(cohort.config(covariates={"age": {"kind": "continuous"}}), progress=False)
+    assert report.faults == ()
+    assert ("covariate-code-of-missing", place) in {(warning.kind, warning.where) for warning in report.warnings}
+
+
+def test_a_cohort_of_several_volumes_a_file_warns(tmp_path):
+    cohort = Planted(tmp_path)
+    assert "volumes-as-channels" not in check_cohort(cohort.config(), progress=False).render()
+    for index, name in enumerate(CLEAN):
+        _save(cohort.image(name), _volume(400 + index, (*SHAPE, 3)))
+    report = check_cohort(cohort.config(), progress=False)
+    assert report.faults == ()
+    assert report.facts["model_grid"]["channels"] == 3
+    (warning,) = (warning for warning in report.warnings if warning.kind == "volumes-as-channels")
+    assert warning.where == "data.image"
+    assert warning.reason == "12 files are 4-D and hold 3 volumes each: 'image' becomes 3 channels"
+    assert "mapping" in warning.remedy
+    named = check_cohort(cohort.config(image={"t1": "T1/{file}.nii.gz"}), progress=False)
+    assert "data.image.t1" in {warning.where for warning in named.warnings}
+
+
+def test_a_row_that_stands_twice_has_the_faults_of_its_files_once(tmp_path):
+    cohort = Planted(tmp_path)
+    cohort.add("twice")
+    cohort.rows.append(cohort.rows[-1])
+    cohort.image("twice").write_bytes(b"no scan")
+    report = check_cohort(cohort.config(), progress=False)
+    assert [fault.kind for fault in report.faults] == ["duplicate-id"] * 2 + ["unreadable"]
 
 
 def test_pictures_and_arrays(tmp_path):
@@ -280,6 +391,68 @@ def test_pictures_and_arrays(tmp_path):
     assert {fault.where for fault in faults if fault.kind == "unreadable"} == {
         f"good.npz::images[{row}]" for row in range(2, 13)
     }
+
+
+def test_axes_that_coincide_are_a_singular_affine_for_slices_too(tmp_path):
+    affine = np.eye(4)
+    affine[:3, 1] = [1e20, 1, 0]
+    image = nib.Nifti1Image(_volume(1), np.eye(4))
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert inspect(str(tmp_path / "a.nii.gz"), "image", 3, IntensityRecipe()).kind == "singular-affine"
+    assert inspect(f"{tmp_path}/a.nii.gz::axial[3]", "image", 2, IntensityRecipe()).kind == "singular-affine"
+    with pytest.raises(LdmError, match="no inverse"):
+        read(tmp_path / "a.nii.gz::axial[3]")
+
+
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    for name in ("a.nii", "a.nii.gz"):
+        _save(tmp_path / name, _volume(1))
+        _patch(tmp_path / name, DIM, HUGE)
+    monkeypatch.setattr(np, "asanyarray", lambda *_: pytest.fail("the voxels were read"))
+    for name in ("a.nii", "a.nii.gz"):
+        facts = inspect(str(tmp_path / name), "image", 3, IntensityRecipe())
+        assert facts.kind == "unreadable"
+        assert "claims 32767 x 32767 x 32767 voxels" in facts.reason
+
+
+def _npy_header(text: str) -> bytes:
+    """An ``.npy`` file of format 1.0 whose header reads ``text``."""
+    return b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n" + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4",  # tokenize.TokenError
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4)) }",  # SyntaxError
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**40}, {2**40})}}",  # OverflowError or MemoryError
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**20}, {2**20})}}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 'x')}",
+        "{'descr': ['<f4'], 'fortran_order': False, 'shape': (4, 4)}",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_damaged_array_headers_are_told(tmp_path, header):
+    (tmp_path / "a.npy").write_bytes(_npy_header(header))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", _npy_header(header))
+    for ref in ("a.npy", "a.npz::x"):
+        facts = inspect(str(tmp_path / ref), "image", 2, IntensityRecipe())
+        assert facts.kind == "unreadable"
+        assert "damaged" in facts.reason
+
+
+@pytest.mark.parametrize(("field", "value"), [("flags", 1), ("compression", 99), ("compression", 14)])
+def test_archives_that_cannot_be_unpacked_are_told(tmp_path, field, value):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=_volume(1, (16, 16)))
+    local, central = {"flags": (6, 8), "compression": (8, 10)}[field]
+    for offset in (local, path.read_bytes().index(b"PK\x01\x02") + central):
+        _patch(path, offset, value.to_bytes(2, "little"))
+    facts = inspect(f"{path}::x", "image", 2, IntensityRecipe())
+    assert facts.kind == "unreadable"
+    assert "damaged" in facts.reason
 
 
 def test_unchanged_files_come_from_the_cache(tmp_path, monkeypatch):

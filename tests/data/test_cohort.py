@@ -145,11 +145,13 @@ def test_template_forms_and_files(tmp_path):
     [
         ("t.tsv", "a,b\n1,2\n", "one column"),
         ("t.csv", "a,a\n1,2\n", "stands twice"),
-        ("t.csv", "a,b\n1,2,3\n", "cannot be read as a table"),
+        ("t.csv", "a,b\n1,2,3\n", "cannot be read as a table .*; give every line as many cells as the header"),
+        ("t.csv", 'a,b\n1,"2\n3,4\n', "cannot be read as a table .*; close the quotation mark"),
         ("t.csv", "a,b\n", "no rows"),
-        ("t.csv", "", "cannot be read as a table"),
-        ("t.csv", b"a,b\n\xff\xfe,1\n", "cannot be read as a table"),
-        ("t.xlsx", "x", "a table is a .tsv or .csv"),
+        ("t.csv", "", "cannot be read as a table .*; it needs a header line"),
+        ("t.csv", b"a,b\n\xff\xfe,1\n", "cannot be read as a table .*; save it as UTF-8 text"),
+        ("t.txt", "x", r"a table is a \.tsv or \.csv file, not '\.txt'$"),
+        ("t.xlsx", "x", r"a table is a \.tsv or \.csv file, not '\.xlsx'; export the sheet as \.tsv or \.csv"),
     ],
 )
 def test_unusable_table_is_refused(tmp_path, name, content, message):

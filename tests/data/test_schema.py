@@ -35,7 +35,7 @@ def test_encode_maps_range_to_unit_without_clipping_and_missing_to_nan():
     [
         ({"agee": 50}, "Did you mean 'age'"),
         ({"sex": "X"}, "Legal levels: F, M"),
-        ({"age": "old"}, "not a finite number years"),
+        ({"age": "old"}, r"'old' is not a finite number \(in years\)"),
         ({"age": float("inf")}, "not a finite number"),
     ],
 )
