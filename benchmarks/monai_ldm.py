@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.commands.evaluate import held_out
+from ldm.commands.held_out import held_out
 from ldm.commands.main import conf_dir
 from ldm.commands.run import plain
 from ldm.commands.stages import cohort_datamodule, prepared

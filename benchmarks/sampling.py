@@ -37,7 +37,7 @@ from matplotlib.ticker import LogLocator
 from scipy import stats
 from tqdm import tqdm
 
-from ldm.commands.evaluate import held_out
+from ldm.commands.held_out import held_out
 from ldm.commands.main import conf_dir
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.datamodule import CohortDataModule

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ldm.commands.evaluate import held_out
+from ldm.commands.held_out import held_out
 from ldm.commands.main import conf_dir
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.evaluation.distances import prior_images

@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.progress import track
 
-from ldm.commands.evaluate import expect_a_split
+from ldm.commands.held_out import expect_a_split
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import asked_rows, asked_table, draw, load_model
 from ldm.commands.stages import cohort_datamodule, prepared

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from ldm.commands.evaluate import expect_a_split, held_out, read_sample
+from ldm.commands.held_out import expect_a_split, held_out, read_sample
 from ldm.commands.run import plain
 from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 
+from ldm.commands.held_out import held_out_set, model_cohort, read_sample
 from ldm.commands.run import plain
 from ldm.commands.sample import draw, load_model, sampling_options
-from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
-from ldm.data.datamodule import CohortDataModule
+from ldm.commands.stages import record_inputs
 from ldm.data.draft import Record
-from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.evaluation import masks
 from ldm.evaluation.distances import model_distances
@@ -29,27 +27,24 @@ from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.goals import check_goals
 from ldm.evaluation.instruments import Instrument, find_instruments
 from ldm.evaluation.masks import mask_dice, mask_segmenter
+from ldm.evaluation.pictures import pictures
+from ldm.evaluation.reconstruction import quality, reconstructions
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
 from ldm.files import write_json
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
-from ldm.model.output import image_paths, in_model_space, sample_name
+from ldm.model.output import image_paths, sample_name
 from ldm.training import figures
-from ldm.training.panels import describe
-from ldm.training.vae import psnr
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = ("test", "valid")  # splits that no stage is trained on
-SHOWN = 16
 MASK_ROWS = {
     "samples": masks.SAMPLES,
     "held-out images": masks.HELD_OUT,
     "reconstructions": masks.REBUILT,
     "chance": masks.CHANCE,
 }
-PAIRS_3D = 8  # a volume takes three planes
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -126,28 +121,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def model_cohort(config: DictConfig, model: Generative, path: Path) -> CohortDataModule:
-    """The cohort that a model was trained on, with the same split.
-
-    Raises:
-        LdmError: the model was imported, or trained on another split.
-    """
-    expect_a_split(model, path)
-    datamodule = prepared(cohort_datamodule(config))
-    if datamodule.cohort.split_hash != model.header["split_sha256"]:
-        raise LdmError(
-            f"{path} was trained on another split of the cohort than data.split gives now: its training subjects "
-            "could be among the held-out ones. Use the same data settings as for training."
-        )
-    return datamodule
-
-
-def held_out_set(datamodule: CohortDataModule, channels: Sequence[str], n: int) -> tuple[ImageSet, list[Record]]:
-    """Held-out images with their covariates and subjects, and their records, those that ``n`` samples ask as first."""
-    images, rows, records = evenly_first(n, *held_out(datamodule, channels))
-    return ImageSet(images, rows, [record.subject for record in records]), records
-
-
 def generated(
     model: Generative,
     path: Path,
@@ -206,20 +179,6 @@ def drawn(
     return [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(asked))]
 
 
-def expect_a_split(model: Generative, path: Path) -> None:
-    """Refuse a model whose training subjects are not known.
-
-    Raises:
-        LdmError: it was imported.
-    """
-    if model.header["split_sha256"] is None:
-        raise LdmError(
-            f"{path} was imported (ldm import-weights) and has no split: whom it was trained on is not known, so no "
-            f"subject can be called held out. Draw from it (ldm sample model={path} ...) and compare the folder with "
-            "images that it has not seen: ldm evaluate real=DIR synthetic=DIR."
-        )
-
-
 def compare_folders(config: DictConfig) -> dict[str, Any]:
     """Distances of two folders of images, in ``metrics.json`` and ``report.html``; returns what the former holds.
 
@@ -240,80 +199,6 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     goal = check_goals(plain(config.goals))["frechet_ratio"]
     logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
     return metrics
-
-
-def held_out(
-    datamodule: CohortDataModule, channels: Sequence[str]
-) -> tuple[list[np.ndarray], list[dict[str, Any]], list[Record]]:
-    """Images ``(C, *S)``, covariate rows and records of the subjects that no stage was trained on.
-
-    Only those channels that the model generates.
-    """
-    images, rows, records = [], [], []
-    chosen = [datamodule.preprocessing.channels.index(name) for name in channels]
-    for split in HELD_OUT:
-        dataset = datamodule.dataset(split)
-        for position in range(len(dataset)):
-            item = dataset[position]
-            records.append(datamodule.cohort.records[item["index"]])
-            images.append(item["image"][chosen].float().numpy())
-            rows.append(dict(records[-1].covariates))
-    if not images:
-        raise LdmError(f"cohort '{datamodule.cohort.name}' has no held-out subjects; see data.split.")
-    return images, rows, records
-
-
-def evenly_first(n: int, *lists: Sequence[Any]) -> list[list[Any]]:
-    """Lists of equal length in one new order: first ``n`` evenly from all, then the others.
-
-    A table is often sorted, and the first rows would all be of one class.
-    """
-    total = len(lists[0])
-    chosen = [i * total // n for i in range(n)] if n < total else list(range(total))
-    order = [*chosen, *sorted(set(range(total)) - set(chosen))]
-    return [[one[i] for i in order] for one in lists]
-
-
-def read_sample(model: Generative, paths: Sequence[Path]) -> np.ndarray:
-    """A written sample, all its files together, on the model's grid and in its range: ``(C, *S)``."""
-    recipe = model.preprocessing
-    array = np.concatenate([read(path, spatial_dims=recipe.spatial_dims).array for path in paths])  # (C, *file)
-    return in_model_space(recipe, array)  # (C, *S)
-
-
-def reconstructions(
-    model: Generative,
-    real: Sequence[np.ndarray],
-    rows: Sequence[Mapping[str, Any]],
-    value_range: tuple[float, float],
-) -> list[np.ndarray]:
-    """Held-out images ``(C, *S)`` through the model, see :meth:`Generative.reconstruct`."""
-    rebuilt = []
-    for image, row in zip(track(real, "reconstructing"), rows, strict=True):
-        decoded = model.reconstruct(torch.from_numpy(image)[None], [row])  # (1, C, *S)
-        rebuilt.append(decoded[0].clamp(*value_range).cpu().numpy())
-    return rebuilt
-
-
-def quality(
-    real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray],
-    value_range: tuple[float, float],
-    records: Sequence[Record],
-) -> dict[str, Any]:
-    """PSNR in dB of the reconstructions: of all held-out images and, with two held-out splits, of each split."""
-    span = value_range[1] - value_range[0]
-    values = [psnr(torch.from_numpy(x), torch.from_numpy(y), span) for x, y in zip(real, rebuilt, strict=True)]
-    found = mean_psnr(values)
-    splits = {name: [v for v, one in zip(values, records, strict=True) if one.split == name] for name in HELD_OUT}
-    if all(splits.values()):
-        found["splits"] = {name: mean_psnr(some) for name, some in splits.items()}
-    return found
-
-
-def mean_psnr(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and number of PSNRs."""
-    return {"psnr_mean": float(np.mean(values)), "psnr_std": float(np.std(values)), "n": len(values)}
 
 
 def diversity(
@@ -416,34 +301,6 @@ def mask_agreement(
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))
     return {**found, "segmenter_sha256": read_header(path)["tensors_sha256"]}
-
-
-def pictures(
-    model: Generative, real: ImageSet, samples: ImageSet, folder: Path, value_range: tuple[float, float]
-) -> None:
-    """Mosaics of held-out images, of samples at the same covariates, and of both side by side.
-
-    Cases are evenly spaced: a table is often sorted.
-    """
-    rgb, volumes, count = (
-        model.preprocessing.is_rgb,
-        model.preprocessing.spatial_dims == 3,
-        min(len(real), len(samples)),
-    )
-    for name, one in (("real", real), ("samples", samples)):
-        shown = [one.images[case] for case in evenly(count, SHOWN)]
-        titles = [describe(one.rows[case]) for case in evenly(count, SHOWN)]
-        figures.mosaic(shown, folder / f"{name}.png", titles, value_range, rgb=rgb)
-    cases, columns = (evenly(count, PAIRS_3D), 2) if volumes else (evenly(count, SHOWN), 8)
-    pairs = [image for case in cases for image in (real.images[case], samples.images[case])]
-    titles = [title for case in cases for title in (f"real: {describe(real.rows[case])}", "generated")]
-    figures.mosaic(pairs, folder / "pairs.png", titles, value_range, columns, rgb)
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """Positions evenly spaced over ``count``: all, or ``most`` of them."""
-    shown = min(count, most)
-    return [case * count // shown for case in range(shown)]
 
 
 def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands.evaluate import evenly, evenly_first, pictures, read_sample
+from ldm.commands.held_out import evenly_first, read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
 from ldm.evaluation.fidelity import ImageSet
+from ldm.evaluation.pictures import evenly, pictures
 from ldm.model.output import as_written, image_paths, write_image
 from ldm.training import figures
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm.commands.evaluate import quality
 from ldm.data.draft import Record
+from ldm.evaluation.reconstruction import quality
 
 
 def record(number: int, split: str) -> Record:
