@@ -13,10 +13,10 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from ldm.commands.control import first_stage_of
+from ldm.commands.posteriors import posterior_cache, same_preprocessing
 from ldm.commands.run import plain, require_file, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
 from ldm.commands.target import Target
-from ldm.commands.train_ldm import posterior_cache, same_preprocessing
 from ldm.data.cohort import Cohort
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.diffusion.checks import check_choice

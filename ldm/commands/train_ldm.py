@@ -9,31 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig
-from rich.progress import track
 
 from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
 from ldm.commands.ema import SNAPSHOTS
-from ldm.commands.run import plain, require_file, write_config
+from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_preprocessing
+from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.commands.target import LABELS, Target, asked_conditioners, check_target, find_target
 from ldm.conditioning.base import COVARIATES
 from ldm.conditioning.build import as_control, complete, with_defaults
 from ldm.conditioning.pretrained import load_encoder
-from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
-from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion.checks import check_count
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instruments, merged
-from ldm.latents.cache import PosteriorCache, cache_folder, write_cache
-from ldm.latents.encode import CohortEncoder
+from ldm.latents.cache import PosteriorCache
 from ldm.latents.space import LatentSpace
-from ldm.model.build import PIXELS, build_first_stage, construct
+from ldm.model.build import PIXELS, construct
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
@@ -157,33 +153,6 @@ def posthoc_ema(ldm: Mapping[str, Any]) -> PosthocEMA:
     return construct(PosthocEMA, ldm["posthoc_ema"], "ldm.posthoc_ema")
 
 
-def load_first_stage(config: DictConfig) -> FirstStage:
-    """The first stage of the cohort; says so, with the number, when it is below the configured quality.
-
-    Raises:
-        LdmError: it has not been trained.
-    """
-    first_stage = FirstStage.load(require_file(config.first_stage, "first stage", "train-vae"))
-    gate, psnr = config.vae.gate_psnr, first_stage.metrics.get("psnr")
-    if psnr is None:
-        logger.warning("The first stage %s has no recorded held-out PSNR.", config.first_stage)
-    elif gate is not None and psnr < gate:
-        logger.warning(
-            "The first stage reaches %.2f dB held-out PSNR, below vae.gate_psnr=%.1f: samples cannot be better than "
-            "its reconstructions. Train it longer, or give it more latent channels.",
-            psnr,
-            gate,
-        )
-    return first_stage
-
-
-def pixel_space(preprocessing: Preprocessing) -> FirstStage:
-    """The first stage that changes nothing, for what is generated."""
-    channels = len(preprocessing.channels)
-    network = {"kind": PIXELS, "spatial_dims": preprocessing.spatial_dims, "in_channels": channels}
-    return FirstStage(build_first_stage(network), network, preprocessing)
-
-
 def describe_conditioners(
     config: DictConfig,
     datamodule: CohortDataModule,
@@ -212,89 +181,6 @@ def describe_conditioners(
     if "image" in conditioners and cohort.channels != datamodule.preprocessing.channels:
         raise LdmError("ldm.conditioners.image needs a file for each channel in data.image, e.g. {T1: ..., T2: ...}.")
     return conditioners if frozen is None else {**frozen.header.get("conditioners", {}), **as_control(conditioners)}
-
-
-def same_preprocessing(first_stage: FirstStage, preprocessing: Preprocessing) -> None:
-    """Refuse a cohort that is prepared otherwise than the first stage's training images were.
-
-    Args:
-        first_stage: a trained one.
-        preprocessing: of what is to be generated.
-
-    Raises:
-        LdmError: naming what differs.
-    """
-    ours, theirs = preprocessing.to_dict(), first_stage.preprocessing.to_dict()
-    differing = [name for name in ours if name not in ("reference", "multiple", "shape") and ours[name] != theirs[name]]
-    if differing:
-        what = "; ".join(f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing)
-        raise LdmError(f"The first stage was trained on images prepared otherwise. {what}.")
-
-
-def posterior_cache(
-    config: DictConfig,
-    datamodule: CohortDataModule,
-    first_stage: FirstStage,
-    split: str,
-    conditioners: Mapping[str, Any],
-    target: Target,
-) -> PosteriorCache:
-    """The posteriors of a split, encoded now if they are not there yet (by the first process only)."""
-    augmented = split == "train" and config.ldm.latents.variants > 1
-    data = plain(config.data)
-    keep_labels = config.ldm.latents.labels or "mask" in conditioners
-    label_classes = LabelClasses.from_config(data["label_names"]) if keep_labels else None
-    channels = datamodule.preprocessing.channels
-    given = conditioners.get("image", {}).get("channels", ())
-    diffused = [channels.index(name) for name in target.preprocessing.channels if target.classes is None]
-    encoder = CohortEncoder(
-        first_stage.network,
-        datamodule.dataset(split),
-        datamodule.schema,
-        datamodule.augmentation,
-        variants=config.ldm.latents.variants if augmented else 1,
-        label_classes=label_classes,
-        diffused=tuple(diffused) if given else None,
-        conditions=tuple(channels.index(name) for name in given),
-        targets=target.classes,
-        spacing=datamodule.spacing,
-        value_range=datamodule.preprocessing.value_range,
-        seed=config.seed,
-        device="cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu",
-    )
-    key = {
-        "first_stage": first_stage.sha256,
-        "preprocessing": datamodule.preprocessing.fingerprint(),
-        "cohort": datamodule.cohort.split_hash,
-        "records": content_hash(datamodule.cohort.records),
-        "split": split,
-        "schema": datamodule.schema.to_dict(),
-        "augment": data["augment"] if augmented else None,
-        "labels": None if label_classes is None else {"shares": label_classes.values},
-        **({"images": list(given)} if given else {}),
-        **({"target": target.classes.values} if target.classes else {}),
-        "variants": encoder.variants,
-        "seed": config.seed if augmented else None,
-        "dtype": config.ldm.latents.dtype,
-    }
-    folder = cache_folder(Path(config.latents_dir), key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # ranks that start together: one encodes, the others wait
-        if not folder.is_dir():
-            encode(encoder, folder, key, datamodule, first_stage, config.ldm.latents.dtype)
-    return PosteriorCache(folder, key)
-
-
-def encode(encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: FirstStage, dtype: str) -> None:
-    """Write the cache, with a progress bar."""
-    encoder.first_stage.to(encoder.device)
-    factor = first_stage.network.downsampling_factor
-    shape = (first_stage.network.latent_channels, *(side // factor for side in datamodule.image_shape[1:]))
-
-    def items(start: int):
-        return track(encoder.items(start), f"encoding {key['split']}", total=len(encoder), completed=start)
-
-    write_cache(folder, key, items, len(encoder), shape, encoder.plane_channels, dtype)
 
 
 def build_model(
