@@ -251,7 +251,7 @@ def segment(
     3-D: ``ID_dseg.nii.gz`` (stored label values), ``ID_mean.nii.gz`` (probability of each class),
     ``ID_variance.nii.gz``, ``ID_entropy.nii.gz`` and ``ID_members.nii.gz`` (a label map each along the fourth axis).
     2-D: ``ID_dseg.png``, and ``ID.npz`` with ``mean``, ``variance``, ``entropy`` and ``members``. Beside them
-    ``volumes.tsv``, ``provenance.json``, and ``panel.png`` of the first subjects.
+    ``volumes.tsv``, ``provenance.json``, and ``panel.png`` of some subjects, see :func:`telling`.
 
     Args:
         source: what draws.
@@ -285,7 +285,7 @@ def segment(
             write_result(out, record, in_file_space(ensemble, geometry), source, geometry)
         if progress is not None:
             progress(len(group))
-    write_panel(out, records[:SHOWN], source)
+    write_panel(out, telling(out, records), source)
     return _write_volumes(out, records)
 
 
@@ -331,6 +331,19 @@ def read_truth(record: Record, source: Source) -> np.ndarray:
     """Class indices ``(*S)`` of a subject's label map, in the space of its file."""
     stored = images.read(record.labels, spatial_dims=source.preprocessing.spatial_dims).array[0]
     return source.classes.classes(torch.from_numpy(stored.astype(np.uint8))).numpy()
+
+
+def telling(out: Path, records: Sequence[Record]) -> list[Record]:
+    """Subjects to look at, evenly over the volumes that were found, largest first; those without any only behind them.
+
+    The first rows of a table of slices are often all healthy.
+    """
+    found = [sum(row["members_mean"] for row in json.loads(_volumes_file(out, one).read_text())) for one in records]
+    order = sorted(range(len(records)), key=lambda index: -found[index])
+    some = [index for index in order if found[index] > 0]
+    count = min(SHOWN, len(some))
+    chosen = [some[k * len(some) // count] for k in range(count)]
+    return [records[index] for index in [*chosen, *order[len(some) :]][:SHOWN]]
 
 
 def write_panel(out: Path, records: Sequence[Record], source: Source) -> Path:

@@ -1,12 +1,13 @@
 """Peers of the diffusion model: networks as an ensemble, by the same functions."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ldm.applications.segmentation import NetworkSource, in_file_space, in_order, volumes
+from ldm.applications.segmentation import NetworkSource, in_file_space, in_order, telling, volumes
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
@@ -73,3 +74,18 @@ def test_volumes_are_of_the_files_voxels():
     (row,) = volumes(result, CLASSES)
     assert (row["volume"], row["members_mean"], row["unit"]) == (64.0, 64.0, "mm3")
     assert (row["low"], row["high"]) == pytest.approx((0.025 * 128, 0.975 * 128))
+
+
+@pytest.mark.parametrize(
+    ("volumes_found", "shown"),
+    [
+        ([0, 0, 5, 0, 9, 1, 0, 0], [4, 2, 5, 0, 1, 3]),
+        ([0, *range(1, 13)], [12, 10, 8, 6, 4, 2]),
+        ([0, 0], [0, 1]),
+    ],
+)
+def test_the_panel_shows_where_something_was_found(tmp_path, volumes_found, shown):
+    records = [Record(str(k), str(k), {}, None, {}, "test", str(k)) for k in range(len(volumes_found))]
+    for record, volume in zip(records, volumes_found, strict=True):
+        (tmp_path / f"{record.id}_volumes.json").write_text(json.dumps([{"members_mean": volume}, {"members_mean": 0}]))
+    assert [int(record.id) for record in telling(tmp_path, records)] == shown
