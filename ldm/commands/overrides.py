@@ -39,6 +39,7 @@ def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) 
     groups = [override for override in parsed if (conf_dir / override.key_or_group).is_dir()]
     for override in groups:
         _check_options(conf_dir, override)
+    groups += [override for override in parsed if override.key_or_group.startswith("hydra/")]  # plugins have their own
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         choices = [f"{group.key_or_group}={_choices(group)[0]}" for group in groups if _choices(group)]
         try:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ldm.commands.main import conf_dir
 from ldm.commands.overrides import check_overrides, quote_templates
 from ldm.errors import LdmError
 
@@ -47,6 +48,12 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
 )
 def test_templates_need_no_second_pair_of_quotes(typed, meant):
     assert quote_templates([typed]) == [meant]
+
+
+def test_hydra_s_own_plugins_can_be_chosen():
+    check_overrides(conf_dir(), "train-vae", ["hydra/launcher=basic", "hydra.sweep.dir=elsewhere", "seed=0,1"])
+    with pytest.raises(LdmError, match=r"cannot be put together.*hydra/launcher/submitit_slrm"):
+        check_overrides(conf_dir(), "train-vae", ["hydra/launcher=submitit_slrm"])
 
 
 def test_files_that_do_not_fit_together_are_named(tmp_path):
