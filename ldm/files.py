@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whenever the process is stopped."""
+"""Files that appear whole or not at all, whenever the process is stopped and whoever else writes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -16,9 +17,12 @@ def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file and, where it is missing, its folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -27,9 +31,9 @@ def write_text(path: Path, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
-def write_json(path: Path, content: Any) -> Path:
-    """Write JSON-safe content, readable; returns the path."""
-    return write_text(path, json.dumps(content, indent=1))
+def write_json(path: Path, content: Any, indent: int | None = 1) -> Path:
+    """Write JSON-safe content, readable or, with ``indent`` None, compact; returns the path."""
+    return write_text(path, json.dumps(content, indent=indent))
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:

@@ -28,6 +28,7 @@ def test_what_is_written_comes_back_and_nothing_else_stays(tmp_path):
 
 def test_a_folder_goes_on_with_its_own_request_alone(tmp_path):
     settle_request(tmp_path, {"seed": 0, "steps": 20})
+    settle_request(tmp_path, {"steps": 20, "seed": 0}, remarks={"extrapolated": ["age"]})
     settle_request(tmp_path, {"steps": 20, "seed": 0})
     with pytest.raises(LdmError, match=r"another request \(seed differ\)"):
         settle_request(tmp_path, {"seed": 1, "steps": 20})

@@ -336,7 +336,7 @@ def read_truth(record: Record, source: Source) -> np.ndarray:
 def telling(out: Path, records: Sequence[Record]) -> list[Record]:
     """Subjects to look at, evenly over the volumes that were found, largest first; those without any only behind them.
 
-    The first rows of a table of slices are often all healthy.
+    The first rows of a table of slices are often all healthy. Classes are added up: a large organ outweighs a lesion.
     """
     found = [sum(row["members_mean"] for row in json.loads(_volumes_file(out, one).read_text())) for one in records]
     order = sorted(range(len(records)), key=lambda index: -found[index])

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import LdmError, nearest
 
-REST = r"[^\s'\"$,]"
-#: key=words{name}..., or key={name}words; key={name:words} is a mapping
-TEMPLATE = re.compile(rf"^([\w.@/+~]+=)([^\s'\"{{}}\[$,]{REST}*\{{[\w:]+\}}{REST}*|\{{[\w:]+\}}{REST}+)$")
+PLAIN = r"[^\s'\"$,]"
+#: key=words{name}..., or key={name}words; but key={name:words} is a mapping, and key=choice(...) a function of Hydra's
+TEMPLATE = re.compile(rf"^([\w.@/+~]+=)(?!\w+\()([^\s'\"{{}}\[$,]{PLAIN}*\{{[\w:]+\}}{PLAIN}*|\{{[\w:]+\}}{PLAIN}+)$")
 # mappings whose names are the user's, or depend on their kind
 FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models")
 

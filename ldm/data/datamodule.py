@@ -18,6 +18,7 @@ from ldm.data.cache import VolumeCache, build_cache, open_cache
 from ldm.data.checks import check_cohort
 from ldm.data.cohort import Cohort
 from ldm.data.cohort_config import complete_config
+from ldm.data.faults import render
 from ldm.data.geometry import per_axis
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.sampler import EpochSampler
@@ -258,8 +259,8 @@ class CohortDataModule(L.LightningDataModule):
             return
         report = check_cohort(self.config, self.cache_dir, progress, self.multiple)
         report.raise_for_policy()
-        for warning in report.warnings:
-            logger.warning("%s: %s", warning.where, warning.reason)
+        if report.warnings:
+            logger.warning("%s", render(report.warnings, "Warnings"))
         self._preprocessing = self._recipe.fit(report.cohort.records)
         self._cohort = report.cohort
 

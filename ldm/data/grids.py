@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,9 +21,12 @@ SIZE_FACTOR = 3.0
 """A voxel size or field of view stands out when it is more than so many times the cohort's median, or vice versa."""
 MIN_FILES = 5
 """A median of fewer files says nothing about what is usual."""
+MAX_SHARE = 0.1
+"""Where more of the files are far from the median, the cohort has several protocols: warnings, no faults."""
 
 _HEADER = "mend the voxel size in the header (mm?), or take the row out of the table"
 _LARGE = "crop the image or take its row out of the table; if such images are meant, set data.shape to the model's grid"
+_SMALL = "nothing, if it is meant: it is padded; otherwise take the row out of the table"
 _CROPPED = "nothing, if it is meant: data.shape says where it is cropped or padded"
 _COARSE = "nothing, if it was scanned so: it is resampled and has less detail; otherwise mend the header"
 _PIXELS = "nothing, if the sizes are meant: the model's grid holds the largest unless data.shape says otherwise"
@@ -31,9 +35,9 @@ _PIXELS = "nothing, if the sizes are meant: the model's grid holds the largest u
 def unlike_sizes(draft: Draft, files: Mapping[str, FileFacts]) -> tuple[list[Fault], list[Fault]]:
     """Files whose voxel size or field of view is far from the cohort's median: faults and warnings.
 
-    A field of view decides the model's grid, and one that is far off because the voxels are is a header that is wrong:
-    both are faults. Only warnings are large images that ``data.shape`` crops, thick slices that ``data.spacing_mm``
-    resamples, and pictures, whose pixels have no known size.
+    A large field of view decides the model's grid, and one that is far off because the voxels are is a header that is
+    wrong: both are faults. Only warnings are large images that ``data.shape`` crops or that are many, small ones, which
+    are padded, thick slices that ``data.spacing_mm`` resamples, and pictures, whose pixels have no known size.
     """
     faults: list[Fault] = []
     warnings: list[Fault] = []
@@ -75,17 +79,23 @@ def _volumes(
         return
     extents, spacings = ([getattr(files[ref], name) for _, ref in refs] for name in ("extent", "spacing"))
     usual = f"{_sizes(np.median(extents, axis=0))} mm (voxels of {_sizes(np.median(spacings, axis=0))} mm)"
-    rows = zip(refs, extents, spacings, _far(extents), _far(spacings), strict=True)
-    for (record, ref), extent, spacing, far, other_voxels in rows:
-        if not (far or other_voxels) or (other_voxels and draft.config["spacing_mm"] is None):
-            continue  # the latter is a fault of the spacing already
-        reason = f"{_sizes(extent)} mm (voxels of {_sizes(spacing)} mm), the cohort's median {usual}"
-        if far and (other_voxels or draft.config["shape"] is None):
-            remedy = _HEADER if other_voxels else _LARGE
-            faults.append(Fault(shown(draft, ref), "field-of-view", reason, remedy, record.id))
-        else:
-            kind, remedy = ("field-of-view", _CROPPED) if far else ("voxel-size", _COARSE)
-            warnings.append(Fault(shown(draft, ref), kind, reason, remedy, record.id))
+    large, small, others = _above(extents), _below(extents), _far(spacings)
+    bounded = draft.config["shape"] is not None
+    several = large.sum() > max(1, MAX_SHARE * len(refs))
+    for k, (record, ref) in enumerate(refs):
+        if others[k] and draft.config["spacing_mm"] is None:
+            continue  # a fault of the spacing already
+        reason = f"{_sizes(extents[k])} mm (voxels of {_sizes(spacings[k])} mm), the cohort's median {usual}"
+        told = functools.partial(Fault, shown(draft, ref), reason=reason, record=record.id)
+        if others[k] and (large[k] or small[k]):
+            faults.append(told("field-of-view", remedy=_HEADER))
+        elif others[k]:
+            warnings.append(told("voxel-size", remedy=_COARSE))
+        elif large[k] and not bounded and not several:
+            faults.append(told("field-of-view", remedy=_LARGE))
+        elif large[k] or small[k]:
+            remedy = _SMALL if not large[k] else _CROPPED if bounded else _LARGE
+            warnings.append(told("field-of-view", remedy=remedy))
 
 
 def _pictures(
@@ -104,10 +114,17 @@ def _pictures(
             warnings.append(Fault(shown(draft, ref), "field-of-view", reason, _PIXELS, record.id))
 
 
-def _far(sizes: Sequence[Sequence[float]]) -> list[bool]:
-    """Which rows of (N, axes) sizes have an axis that is `SIZE_FACTOR` times off the median of that axis."""
-    ratio = np.asarray(sizes, dtype=np.float64) / np.median(sizes, axis=0)
-    return ((ratio > SIZE_FACTOR) | (ratio < 1 / SIZE_FACTOR)).any(axis=1).tolist()
+def _far(sizes: Sequence[Sequence[float]]) -> np.ndarray:
+    """Which rows of (N, axes) sizes have an axis that is `SIZE_FACTOR` times off the median of that axis: (N,)."""
+    return _above(sizes) | _below(sizes)
+
+
+def _above(sizes: Sequence[Sequence[float]]) -> np.ndarray:
+    return (np.asarray(sizes) > SIZE_FACTOR * np.median(sizes, axis=0)).any(axis=1)
+
+
+def _below(sizes: Sequence[Sequence[float]]) -> np.ndarray:
+    return (np.asarray(sizes) < np.median(sizes, axis=0) / SIZE_FACTOR).any(axis=1)
 
 
 def _sizes(sizes: Sequence[float]) -> str:
@@ -131,8 +148,13 @@ def model_grid(
     recipe = Preprocessing.from_config(config, multiple)
     usable = [record for record in records if all(files[ref].kind is None for ref in record.images.values())]
     first = [files[next(iter(record.images.values()))] for record in usable]
+    kinds = [(one.shape[1:], None if one.affine is None else one.axes) for one in first]
+    one_of = dict(zip(kinds, first, strict=True))  # a shift of the affine changes neither shape nor spacing
     try:
-        ways = [Geometry.plan(one.shape[1:], one.affine, recipe.orientation, recipe.spacing) for one in first]
+        ways = {
+            kind: Geometry.plan(one.shape[1:], one.affine, recipe.orientation, recipe.spacing)
+            for kind, one in one_of.items()
+        }
     except LdmError:
         return None
     if not ways:
@@ -140,9 +162,10 @@ def model_grid(
     counts = Counter(sum(files[ref].shape[0] for ref in record.images.values()) for record in usable)
     grid = {
         "channels": counts.most_common(1)[0][0],
-        "shape": list(recipe.shape or smallest_shape((way.resampled_shape for way in ways), recipe.multiple)),
+        "shape": list(recipe.shape or smallest_shape((way.resampled_shape for way in ways.values()), recipe.multiple)),
     }
-    spacings = Counter(_voxel_size(way) for way in ways if way.affine is not None)
+    sizes = {kind: _voxel_size(way) for kind, way in ways.items() if way.affine is not None}
+    spacings = Counter(sizes[kind] for kind in kinds if kind in sizes)
     return grid | ({"spacing_mm": list(spacings.most_common(1)[0][0])} if spacings else {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -26,7 +27,9 @@ from ldm.files import write_json
 logger = logging.getLogger(__name__)
 
 CACHE_FILE = "checks.json"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+NOT_KEPT = ("missing-file", "unreadable")
+"""Faults that may be gone without a change of the file: a disk that was away, memory that was short."""
 MAX_WORKERS = 8
 MAX_CHANNELS = 4
 """More volumes than this in one NIfTI file are a time series, not channels."""
@@ -59,19 +62,28 @@ class FileFacts:
         """Voxel size in mm along the axes nearest to R, A and S; ``None`` without an affine."""
         if self.affine is None:
             return None
-        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)))
+        return _along_world(self.axes, (1, 1, 1))
+
+    @property
+    def axes(self) -> tuple[tuple[float, ...], ...]:
+        """The affine without its shift, which many files of a cohort have in common: three rows of three."""
+        return tuple(tuple(row[:3]) for row in self.affine[:3])
 
     @property
     def extent(self) -> tuple[float, ...]:
         """Field of view in mm along the axes nearest to R, A and S; without an affine in pixels as stored."""
         if self.affine is None:
             return tuple(float(size) for size in self.shape[1:])
-        return self._along_world(nib.affines.voxel_sizes(np.array(self.affine)) * self.shape[1:])
+        return _along_world(self.axes, tuple(self.shape[1:]))
 
-    def _along_world(self, sizes: np.ndarray) -> tuple[float, ...]:
-        """Sizes along the stored axes, in the order of the axes nearest to R, A and S."""
-        axes = list(nib.io_orientation(np.array(self.affine))[:, 0])
-        return tuple(round(float(sizes[axes.index(axis)]), 4) for axis in range(3))
+
+@functools.lru_cache(maxsize=4096)
+def _along_world(axes: tuple[tuple[float, ...], ...], counts: tuple[int, ...]) -> tuple[float, ...]:
+    """So many voxels along each stored axis in mm, in the order of the axes nearest to R, A and S."""
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    sizes, order = nib.affines.voxel_sizes(affine) * counts, list(nib.io_orientation(affine)[:, 0])
+    return tuple(round(float(sizes[order.index(axis)]), 4) for axis in range(3))
 
 
 class FileReader:
@@ -95,7 +107,8 @@ class FileReader:
         pending = [ref for ref in roles if ref not in found]
         found |= self._read(pending, roles, progress)
         if self.path is not None and pending:
-            fresh = {keys[ref]: asdict(found[ref]) for ref in pending if found[ref].kind != "missing-file"}
+            kept = [ref for ref in pending if found[ref].kind not in NOT_KEPT]
+            fresh = {keys[ref]: asdict(found[ref]) for ref in kept}
             _save_cache(self.path, known | fresh)
         return {ref: found[ref] for ref in roles}
 
@@ -250,7 +263,7 @@ def _load_cache(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _save_cache(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
-    write_json(path, {"version": CACHE_VERSION, "files": files})
+    write_json(path, {"version": CACHE_VERSION, "files": files}, indent=None)
 
 
 def _from_json(entry: Mapping[str, Any]) -> FileFacts:

@@ -29,6 +29,7 @@ _DEFAULT_LIMITS = {"percentile": (0.0, 99.5), "foreground": (0.0, 2.5), "zscore"
 _AIR_HU = -500.0
 _PADDING_HU = (-1000.0, -1024.0, -2000.0, -2048.0, -3024.0)
 _SATURATED = 0.99
+_CUT_OFF = 0.05  # share of voxels below the lower end: ringing is less, a signed image more
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ class IntensityRecipe:
                 raise LdmError(
                     f"{name}: the foreground's median is {middle:g}; kind=foreground needs intensities above 0. "
                     "Use data.intensity.kind=percentile."
+                )
+            below = float(np.mean(array < self.lower * middle))
+            if below > _CUT_OFF:
+                raise LdmError(
+                    f"{name}: {below:.0%} of the voxels lie below {self.lower:g} times the foreground's median: "
+                    "kind=foreground needs a background at 0. Use data.intensity.kind=percentile or zscore."
                 )
             return self.lower * middle, self.upper * middle
         lower, upper = (float(value) for value in np.percentile(array, (self.lower, self.upper)))

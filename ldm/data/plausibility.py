@@ -19,6 +19,8 @@ SENTINELS = (-9.0, -99.0, -999.0, -9999.0, 999.0, 9999.0)
 """Numbers that tables write for "not known"."""
 MAX_DEVIATION = 6.0
 """Robust standard deviations from the median, beyond which a value is told."""
+MAX_SHARE = 0.02
+"""Where more of the rows are far from the median, they are a group of their own and no slips."""
 MIN_ROWS, MIN_ROWS_OF_SENTINELS = 20, 8
 """Rows with a value, below which quartiles say nothing about a single one."""
 
@@ -91,7 +93,7 @@ def _far(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     positive = values > 0
     if (others > 0).sum() >= MIN_ROWS:
         far[positive] &= _beyond(np.log(values[positive]), np.log(others[others > 0]))
-    return far
+    return far if far.mean() <= max(MAX_SHARE, 1 / len(values)) else np.zeros_like(far)
 
 
 def _beyond(values: np.ndarray, others: np.ndarray) -> np.ndarray:

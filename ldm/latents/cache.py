@@ -187,7 +187,7 @@ def _resume(work: Path, key: Mapping[str, Any]) -> dict[str, Any]:
 def _mark(work: Path, arrays: Mapping[str, np.memmap], progress: Mapping[str, Any]) -> None:
     for array in arrays.values():
         array.flush()
-    write_json(work / "progress.json", progress)
+    write_json(work / "progress.json", progress, indent=None)
 
 
 def _finite(value: Tensor, dtype: type, name: str, row: int) -> np.ndarray:

@@ -123,7 +123,7 @@ class LatentDiffusionModel(Editing, Generative):
         check_process(self.schedule, self.prediction_type, self.learned_variance)
         self.defaults = construct(SamplingOptions, header["sampling"], "ldm.sampling")
         self._check_settings(self.defaults)
-        self._conditions_together = True
+        self._too_many = math.inf  # samples in one call that memory did not allow
 
     @property
     def device(self) -> torch.device:
@@ -276,8 +276,9 @@ class LatentDiffusionModel(Editing, Generative):
             return
         for name in settings.guidance_scale:
             self._check_part(name)
-        twice = [name for name in settings.guidance_scale if name in self.schema.names]
-        if twice and COVARIATES in settings.guidance_scale:
+        guided = [name for name, scale in settings.guidance_scale.items() if scale != 1]
+        twice = [name for name in guided if name in self.schema.names]
+        if twice and COVARIATES in guided:
             raise LdmError(
                 f"guidance_scale: {', '.join(twice)} would be guided twice, by '{COVARIATES}' too. Leave one out."
             )
@@ -315,12 +316,12 @@ class LatentDiffusionModel(Editing, Generative):
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:
         """Predictions for the same ``x`` under several conditions, in one network call where memory allows."""
         count = len(conditions)
-        if count > 1 and self._conditions_together:
+        if count > 1 and count * len(x) < self._too_many:
             try:
                 return self._denoise_together(x, step, conditions)
             except torch.OutOfMemoryError:
                 logger.warning("Not enough memory for %d conditions in one call: one after the other from here.", count)
-                self._conditions_together = False
+                self._too_many = count * len(x)
         return [self._denoise_together(x, step, [condition])[0] for condition in conditions]
 
     def _denoise_together(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:

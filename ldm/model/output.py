@@ -104,9 +104,8 @@ def write_request(
     names = [sample_name(index) for index in range(len(rows))]
     asked = {"seed": seed, "rows": [dict(row) for row in rows], **({"inputs": inputs} if inputs else {})}
     beyond = {name: model.schema.out_of_range(row) for name, row in zip(names, rows, strict=True)}
-    if any(beyond.values()):
-        asked["extrapolated"] = {name: found for name, found in beyond.items() if found}
-    settle_request(out, {**provenance, **asked}, "sub-*")
+    remarks = {"extrapolated": {name: found for name, found in beyond.items() if found}} if any(beyond.values()) else {}
+    settle_request(out, {**provenance, **asked}, "sub-*", remarks)
     paths = [image_paths(model, out, name) for name in names]
     todo = [index for index in range(len(rows)) if not all(path.is_file() for path in paths[index])]
     if progress is not None and len(todo) < len(rows):

@@ -14,15 +14,19 @@ from ldm.model.file import package_versions
 
 PROVENANCE = "provenance.json"
 WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
+REMARKS = "remarks"  # what follows from the request, in words
 
 
-def settle_request(folder: Path, request: Mapping[str, Any], results: str | None = None) -> None:
+def settle_request(
+    folder: Path, request: Mapping[str, Any], results: str | None = None, remarks: Mapping[str, Any] | None = None
+) -> None:
     """Write ``provenance.json``, or refuse a folder that holds the results of another request.
 
     Args:
         folder: made if it is not there.
         request: what the results depend on, JSON-safe.
         results: pattern of the result files; a request that left none binds nobody. None: it always binds.
+        remarks: written beside the request, and no part of it.
 
     Raises:
         LdmError: naming what differs.
@@ -31,7 +35,7 @@ def settle_request(folder: Path, request: Mapping[str, Any], results: str | None
     request = json.loads(json.dumps(request, sort_keys=True, default=dict))
     if path.is_file() and (results is None or any(folder.glob(results))):
         stored = json.loads(path.read_text())
-        stored.pop(WRITTEN, None)
+        stored = {name: value for name, value in stored.items() if name not in (WRITTEN, REMARKS)}
         differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
         if differing:
             raise LdmError(
@@ -39,4 +43,4 @@ def settle_request(folder: Path, request: Mapping[str, Any], results: str | None
                 "or remove the folder."
             )
     written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-    write_json(path, {**request, WRITTEN: written})
+    write_json(path, {**request, **({REMARKS: dict(remarks)} if remarks else {}), WRITTEN: written})

@@ -50,6 +50,12 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
             f"ldm.init_from {path} sees {theirs} latent voxels as one, this model {patch}: "
             "set ldm.network.patch_size alike."
         )
+    for name in ("norm_num_groups", "num_head_channels"):  # which no shape of a tensor tells
+        setting, theirs = (one.network.denoiser.encoder_arguments[name] for one in (model, other))
+        if setting != theirs:
+            raise LdmError(
+                f"ldm.init_from {path} has ldm.network.{name}={theirs}, this model {setting}: set them alike."
+            )
     if model.header["first_stage_sha256"] != other.header["first_stage_sha256"]:
         logger.warning(
             "%s was trained on latents of another first stage; the start is better when the first stages agree "

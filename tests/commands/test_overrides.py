@@ -43,6 +43,8 @@ def test_a_misspelt_word_is_named_with_its_neighbour(ldm, tiny, arguments, expec
         ("data.covariates={age: {kind: continuous}}", "data.covariates={age: {kind: continuous}}"),
         ("out=${runs_dir}/{a}", "out=${runs_dir}/{a}"),
         ("seed=0,1,2", "seed=0,1,2"),
+        ("a=choice({x:1})", "a=choice({x:1})"),
+        ("data.image={a}/x,{b}/x", "data.image={a}/x,{b}/x"),
         ("--multirun", "--multirun"),
     ],
 )

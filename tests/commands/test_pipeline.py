@@ -169,11 +169,11 @@ def test_samples_are_written_in_the_cohorts_space(trained, ldm, cohort_root, tmp
     code, text = ldm(*request, "seed=1")
     assert code
     assert "results of another request" in text
-    assert "extrapolated" not in provenance
+    assert "remarks" not in provenance
     asked = [item for item in request if "covariates" not in item]
     code, text = ldm(*asked, "covariates={age: 170}", "n=1", "out=beyond")
     assert "Extrapolation: age = 170" in text
-    beyond = json.loads((tmp_path / "beyond/provenance.json").read_text())["extrapolated"]
+    beyond = json.loads((tmp_path / "beyond/provenance.json").read_text())["remarks"]["extrapolated"]
     assert [len(found) for found in beyond.values()] == [1]
     code, text = ldm(*asked, "covariates={agee: 70}", "out=other")
     assert code

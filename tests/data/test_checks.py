@@ -292,6 +292,19 @@ def test_thick_slices_and_fields_of_view_that_are_cropped_only_warn(tmp_path):
     }
 
 
+def test_small_images_and_a_second_protocol_only_warn(tmp_path):
+    cohort = _of_two_mm(tmp_path)
+    cohort.add("slab", array=_volume(1, (10, 11, 3)), affine=TWO_MM)
+    for index in range(3):
+        cohort.add(f"long{index}", array=_volume(10 + index, (10, 11, 40)), affine=TWO_MM)
+    report = check_cohort(cohort.config(spacing_mm=2.0, labels=None), progress=False)
+    assert report.faults == ()
+    told = {warning.record: warning.remedy for warning in report.warnings if warning.kind == "field-of-view"}
+    assert sorted(told) == ["long0", "long1", "long2", "slab"]
+    assert "it is padded" in told["slab"]
+    assert "set data.shape" in told["long0"]
+
+
 def test_the_report_prints_the_grid_of_the_model(tmp_path):
     cohort = _of_two_mm(tmp_path)
     config = cohort.config(spacing_mm=[4.0, 2.0, 1.0], labels=None)

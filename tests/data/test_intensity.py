@@ -55,6 +55,8 @@ def test_a_bright_lesion_does_not_darken_the_rest_of_the_foreground() -> None:
     assert mapped[0].max() == 0
     with pytest.raises(LdmError, match="needs intensities above 0"):
         IntensityRecipe("foreground").apply(-0.01 * healthy, "one")
+    with pytest.raises(LdmError, match="needs a background at 0"):
+        IntensityRecipe("foreground").apply(np.random.default_rng(0).normal(size=(16, 16)), "one")
 
 
 def test_a_window_is_fixed_and_can_be_inverted() -> None:

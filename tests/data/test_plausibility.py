@@ -66,3 +66,8 @@ def test_levels_that_differ_in_writing_only_are_told_once(tmp_path):
     assert len(_warnings(tmp_path, ["1", "1", "1.0", "0"], "categorical")) == 1
     assert _warnings(tmp_path, ["F", "M", "A", "AB"], "categorical") == []
     assert _warnings(tmp_path, ["F", "M"] * 3, "categorical", levels=["F", "M"]) == []
+
+
+def test_a_group_of_its_own_is_no_slip(tmp_path):
+    children, adults = [6 + i % 8 for i in range(900)], [40 + i % 30 for i in range(100)]
+    assert _warnings(tmp_path, [*children, *adults], unit="years") == []

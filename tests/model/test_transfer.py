@@ -106,3 +106,13 @@ def test_a_saved_model_samples_the_same(tmp_path):
         again.header["tensors_sha256"]
         == LatentDiffusionModel.load(tmp_path / "again.safetensors").header["tensors_sha256"]
     )
+
+
+@pytest.mark.parametrize("name", ["norm_num_groups", "num_head_channels"])
+def test_what_no_shape_tells_has_to_agree(tmp_path, name):
+    made = model([AGE], "adaptive_norm")
+    made.save(tmp_path / "m.safetensors")
+    other = model([AGE], "adaptive_norm")
+    other.network.denoiser.encoder_arguments[name] = 4
+    with pytest.raises(LdmError, match=f"ldm.network.{name}=.*, this model 4: set them alike"):
+        start_from(other, tmp_path / "m.safetensors")
