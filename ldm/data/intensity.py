@@ -1,15 +1,13 @@
 """How stored intensities become the model's range, and an error when the recipe does not suit the data.
 
-==============  =====================================================================================
-``percentile``  the ``lower`` and ``upper`` percentile of each volume (all voxels) map onto ``range``;
-                for intensities without a unit, such as MR
-``foreground``  ``lower`` and ``upper`` times the median of the voxels above the mean map onto ``range``;
-                for MR in which some images have bright lesions, which move percentiles and not the median
-``window``      the fixed intensities ``lower`` and ``upper`` map onto ``range``; for CT in HU and for
-                data on a known common scale, such as 8-bit pictures
-``zscore``      zero mean, unit standard deviation of each volume; ``lower`` and ``upper`` are optional
-                limits in standard deviations; has no fixed range
-==============  =====================================================================================
+=============  =====================================================================================
+``percentile`` the ``lower`` and ``upper`` percentile of each volume (all voxels) map onto ``range``;
+               for intensities without a unit, such as MR
+``window``     the fixed intensities ``lower`` and ``upper`` map onto ``range``; for CT in HU and for
+               data on a known common scale, such as 8-bit pictures
+``zscore``     zero mean, unit standard deviation of each volume; ``lower`` and ``upper`` are optional
+               limits in standard deviations; has no fixed range
+=============  =====================================================================================
 """
 
 from __future__ import annotations
@@ -23,21 +21,20 @@ import numpy as np
 
 from ldm.errors import LdmError, nearest
 
-KINDS = ("percentile", "foreground", "window", "zscore")
-_DEFAULT_LIMITS = {"percentile": (0.0, 99.5), "foreground": (0.0, 2.5), "zscore": (None, None)}
+KINDS = ("percentile", "window", "zscore")
+_DEFAULT_LIMITS = {"percentile": (0.0, 99.5), "zscore": (None, None)}
 # Hounsfield values that only air and padding have; MR has neither air at -1000 nor such a minimum.
 _AIR_HU = -500.0
 _PADDING_HU = (-1000.0, -1024.0, -2000.0, -2048.0, -3024.0)
 _SATURATED = 0.99
-_CUT_OFF = 0.05  # share of voxels below the lower end: ringing is less, a signed image more
 
 
 @dataclass(frozen=True)
 class IntensityRecipe:
     """One intensity recipe, applied to each channel of each image on its own.
 
-    kind:         ``percentile``, ``foreground``, ``window`` or ``zscore``.
-    lower, upper: percentiles (0..100), multiples, stored intensities, or standard deviations (see the module's table).
+    kind:         ``percentile``, ``window`` or ``zscore``.
+    lower, upper: percentiles (0..100), stored intensities, or standard deviations (see the module's table).
     range:        (a, b), the model's range; background is a. Not used by ``zscore``.
     clip:         whether values beyond the limits are cut off.
     """
@@ -135,20 +132,6 @@ class IntensityRecipe:
     def _limits(self, array: np.ndarray, name: str) -> tuple[float, float]:
         if self.kind == "window":
             return self.lower, self.upper
-        if self.kind == "foreground":
-            middle = float(np.median(array[array > array.mean(dtype=np.float64)]))
-            if middle <= 0:
-                raise LdmError(
-                    f"{name}: the foreground's median is {middle:g}; kind=foreground needs intensities above 0. "
-                    "Use data.intensity.kind=percentile."
-                )
-            below = float(np.mean(array < self.lower * middle))
-            if below > _CUT_OFF:
-                raise LdmError(
-                    f"{name}: {below:.0%} of the voxels lie below {self.lower:g} times the foreground's median: "
-                    "kind=foreground needs a background at 0. Use data.intensity.kind=percentile or zscore."
-                )
-            return self.lower * middle, self.upper * middle
         lower, upper = (float(value) for value in np.percentile(array, (self.lower, self.upper)))
         if not lower < upper:
             raise LdmError(
