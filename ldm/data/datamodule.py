@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as L
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
@@ -20,8 +19,8 @@ from ldm.data.cohort import Cohort
 from ldm.data.cohort_config import complete_config
 from ldm.data.faults import render
 from ldm.data.geometry import per_axis
+from ldm.data.ordered import OrderedDataModule
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.sampler import EpochSampler
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError, nearest
 
@@ -109,7 +108,7 @@ class CohortDataset(Dataset):
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class CohortDataModule(L.LightningDataModule):
+class CohortDataModule(OrderedDataModule):
     """Check, preprocess and serve the cohort that a ``data`` configuration describes.
 
     data_cfg:    the ``data`` block (a mapping or DictConfig; ``conf/data/base.yaml`` explains the keys).
@@ -134,10 +133,9 @@ class CohortDataModule(L.LightningDataModule):
         patch_size: Sequence[int] | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__()
         self.config = complete_config(data_cfg)
-        self.batch_size, self.seed, self.progress = batch_size, seed, progress
-        self.num_workers = self.config["num_workers"] if num_workers is None else num_workers
+        super().__init__(batch_size, seed, self.config["num_workers"] if num_workers is None else num_workers)
+        self.progress = progress
         self.multiple = per_axis(multiple, self.config["spatial_dims"])
         self.patch_size = None if patch_size is None else tuple(int(size) for size in patch_size)
         self.augmentation = Augmentation.from_config(self.config["augment"])
@@ -145,7 +143,6 @@ class CohortDataModule(L.LightningDataModule):
         self._cohort: Cohort | None = None
         self._preprocessing: Preprocessing | None = None
         self._cache: VolumeCache | None = None
-        self._consumed = 0  # training batches
 
     # state, known after prepare_data or setup ---------------------------------------------------------
 
@@ -209,26 +206,20 @@ class CohortDataModule(L.LightningDataModule):
                     "node or in a folder that all nodes see."
                 )
 
-    def start_at(self, batches: int) -> None:
-        """Let training go on behind so many batches of each process, see `EpochSampler.start_at`."""
-        self._consumed = batches
+    def training_set(self) -> CohortDataset:
+        """Augmented training images, or random patches of them."""
+        return self.dataset("train", augment=True, patch_size=self.patch_size)
 
-    def train_dataloader(self) -> DataLoader:
-        """Augmented training images, or random patches of them, in the epoch's order."""
-        loader = self._loader(self.dataset("train", augment=True, patch_size=self.patch_size), shuffle=True)
-        loader.sampler.start_at(self._consumed, self.batch_size)
-        return loader
-
-    def val_dataloader(self) -> DataLoader:
+    def validation_set(self) -> CohortDataset:
         """Whole validation images in the table's order."""
-        return self._loader(self.dataset("valid"), shuffle=False)
+        return self.dataset("valid")
 
     def test_dataloader(self) -> DataLoader:
         """Whole test images in the table's order; LdmError when the cohort has no test split."""
         dataset = self.dataset("test")
         if not len(dataset):
             raise LdmError(f"cohort '{self.cohort.name}' has no test split; see data.split.")
-        return self._loader(dataset, shuffle=False)
+        return self.loader(dataset, shuffle=False)
 
     def dataset(self, split: str, augment: bool = False, patch_size: Sequence[int] | None = None) -> CohortDataset:
         """Items of ``train``, ``valid``, ``test`` or ``all`` records, whole and unchanged by default."""
@@ -271,17 +262,6 @@ class CohortDataModule(L.LightningDataModule):
             self.preprocessing,
             self.config["cache_dtype"],
             self.config["cache_gb"],
-        )
-
-    def _loader(self, dataset: CohortDataset, shuffle: bool) -> DataLoader:
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, ranks, rank, self.seed, shuffle),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
 
 

@@ -7,16 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as L
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.data.augmentation import Augmentation
 from ldm.data.datamodule import CohortDataModule, CohortDataset
-from ldm.data.sampler import EpochSampler
+from ldm.data.ordered import OrderedDataModule
 from ldm.errors import LdmError, nearest
 
 COARSE = 3  # cells a side of the field of which a bias field is interpolated
@@ -140,8 +139,8 @@ class ViewDataset(Dataset):
         return {"views": torch.stack(views), "index": item["index"], "subject": subject}
 
 
-class ViewDataModule(L.LightningDataModule):
-    """Views of the training and validation split, in an order that only (seed, epoch) decides.
+class ViewDataModule(OrderedDataModule):
+    """Views of the training and validation split; other views every epoch in training, always the same in validation.
 
     Args:
         datamodule: the cohort, prepared.
@@ -151,34 +150,15 @@ class ViewDataModule(L.LightningDataModule):
     """
 
     def __init__(self, datamodule: CohortDataModule, views: Views, batch_size: int, seed: int = 0) -> None:
-        super().__init__()
-        self.cohort, self.num_workers = datamodule.cohort, datamodule.num_workers
-        self.batch_size, self.seed = batch_size, seed
+        super().__init__(batch_size, seed, datamodule.num_workers)
+        self.cohort = datamodule.cohort
         self.train = ViewDataset(datamodule.dataset("train"), views, seed)
         self.valid = ViewDataset(datamodule.dataset("valid"), views, seed, fixed=True)
-        self._consumed = 0  # training batches
 
-    def start_at(self, batches: int) -> None:
-        """Let training go on behind so many batches of each process, see :meth:`EpochSampler.start_at`."""
-        self._consumed = batches
+    def training_set(self) -> ViewDataset:
+        """See :class:`OrderedDataModule`."""
+        return self.train
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, with other views every epoch."""
-        loader = self._loader(self.train, shuffle=True)
-        loader.sampler.start_at(self._consumed, self.batch_size)
-        return loader
-
-    def val_dataloader(self) -> DataLoader:
-        """In order, always the same views."""
-        return self._loader(self.valid, shuffle=False)
-
-    def _loader(self, dataset: ViewDataset, shuffle: bool) -> DataLoader:
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, ranks, rank, self.seed, shuffle),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def validation_set(self) -> ViewDataset:
+        """See :class:`OrderedDataModule`."""
+        return self.valid
