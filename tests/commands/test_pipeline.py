@@ -110,6 +110,7 @@ def test_a_first_stage_starts_from_another(trained, ldm, tmp_path):
 def test_weights_and_biases_gets_curves_pictures_and_configuration(trained, ldm, tmp_path):
     _, common = trained
     run = tmp_path / "watched"
+    wandb.finish()  # of another test in this process, which Lightning would go on with
     code, text = ldm("train-vae", *common, "trainer.max_steps=2", "logger=wandb", f"run_dir={run}")
     assert code == 0, text
     wandb.finish()  # as the end of the process does

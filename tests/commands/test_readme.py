@@ -1,5 +1,6 @@
 """The README's commands for one's own scans, through a real shell and make."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -24,11 +25,11 @@ def study(folder):
 
 def arguments_of(command):
     """What ``ldm`` would be given: the last line of make's recipe, read by a shell."""
-    recipe = subprocess.run(
-        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    make = ["make", "--dry-run", *shlex.split(command)[1:]]
+    recipe = subprocess.run(make, cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout
     shown = subprocess.run(
-        ["sh", "-c", f"printf '%s\\n' {recipe.stdout.strip().splitlines()[-1]}"], capture_output=True, text=True
+        ["sh", "-c", f"printf '%s\\n' {recipe.strip().splitlines()[-1]}"], capture_output=True, text=True
     )
     return shown.stdout.splitlines()[1:]
 
