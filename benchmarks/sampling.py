@@ -522,50 +522,57 @@ def ratio_text(value: tuple[float, float, float] | None) -> str:
 
 
 def plot(groups: Sequence[Row], path: Path) -> None:
-    """Distance against calls, a curve a sampler, DDPM-1000 as a band; a panel a model and guidance scale."""
+    """Distance against calls and against seconds, a line of two panels for each model and guidance scale."""
     panels: dict[tuple[str, float], list[Row]] = {}
     for group in groups:
         panels.setdefault((group["model"], group["guidance_scale"]), []).append(group)
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4 * lines))
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for axis, ((model, scale), rows) in zip(axes, panels.items(), strict=False):
-        for mark in (row for row in rows if row["is_mark"]):
-            axis.axhline(mark["mean"], color="0.4", linewidth=1)
-            width = mark["std"] or 0.0
-            axis.axhspan(mark["mean"] - width, mark["mean"] + width, color="0.85", label=f"DDPM-{MARK_STEPS}")
-        draw_curves(axis, [row for row in rows if not row["is_mark"]])
-        axis.set_title(f"{model}, guidance {scale:g}")
-        scale_axes(axis, [row["calls"] for row in rows if not row["is_mark"]])
-        axis.legend(fontsize=7)
+    figure = Figure(figsize=(10.4, 4 * len(panels)))
+    axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+    for line, ((model, scale), rows) in zip(axes, panels.items(), strict=True):
+        for axis, measure in zip(line, ("calls", "seconds_per_image"), strict=True):
+            draw_mark(axis, rows, measure)
+            draw_curves(axis, [row for row in rows if not row["is_mark"]], measure)
+            axis.set_title(f"{model}, guidance {scale:g}")
+        scale_axes(*line, [row["calls"] for row in rows if not row["is_mark"]])
+        line[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def scale_axes(axis: Any, calls: Sequence[int]) -> None:
-    """Both logarithmic, with numbers that are read at a glance."""
-    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance")
-    axis.set_xticks([tick for tick in TICKS if calls and min(calls) <= tick <= max(calls)])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.minorticks_off()
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_major_formatter("{x:g}")
+def draw_mark(axis: Any, rows: Sequence[Row], measure: str) -> None:
+    """DDPM with all steps: its distance as a band of one standard deviation, and a star at its seconds."""
+    for mark in (row for row in rows if row["is_mark"]):
+        width = mark["std"] or 0.0
+        axis.axhline(mark["mean"], color="0.4", linewidth=1)
+        axis.axhspan(mark["mean"] - width, mark["mean"] + width, color="0.85", label=f"DDPM-{MARK_STEPS}")
+        if measure == "seconds_per_image":
+            axis.plot(mark[measure], mark["mean"], marker="*", color="0.2", markersize=9)
 
 
-def draw_curves(axis: Any, rows: Sequence[Row]) -> None:
+def scale_axes(by_calls: Any, by_seconds: Any, calls: Sequence[int]) -> None:
+    """All logarithmic, with numbers that are read at a glance."""
+    for axis, label in ((by_calls, "network calls"), (by_seconds, "seconds an image")):
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.minorticks_off()
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_formatter("{x:g}")
+    by_calls.set_ylabel("Frechet distance")
+    by_calls.set_xticks([tick for tick in TICKS if calls and min(calls) <= tick <= max(calls)])
+
+
+def draw_curves(axis: Any, rows: Sequence[Row], measure: str) -> None:
     """A colour a sampler, a line style a spacing (dotted, solid, dashed, dash-dotted in the order of their list)."""
     styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-."), strict=True))
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["sampler"] for row in rows}))}
     for name, spacing in itertools.product(colours, styles):
         curve = [row for row in rows if (row["sampler"], row["timestep_spacing"]) == (name, spacing)]
-        curve.sort(key=lambda row: row["calls"])
+        curve.sort(key=lambda row: row[measure])
         if curve:
             label = name if spacing == "trailing" else f"{name}, {spacing}"
             axis.errorbar(
-                [row["calls"] for row in curve],
+                [row[measure] for row in curve],
                 [row["mean"] for row in curve],
                 [row["std"] or 0.0 for row in curve],
                 color=colours[name], linestyle=styles[spacing], marker=".", linewidth=1, capsize=2, label=label,
