@@ -17,6 +17,7 @@ The model is asked with its null for everything that is not the class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 from ldm.conditioning.base import COVARIATES
 from ldm.data.schema import Covariate
 from ldm.diffusion import guidance, noise
-from ldm.diffusion.checks import check_choice
+from ldm.diffusion.checks import check_choice, check_count, check_number
 from ldm.diffusion.prediction import Denoise
 from ldm.diffusion.samplers import ddim, ddim_encode, ddpm
 from ldm.diffusion.schedule import Grid
@@ -82,12 +83,15 @@ class DetectionOptions:
         check_choice("guide", self.guide, GUIDES)
         check_choice("channels", self.channels, REDUCTIONS)
         check_choice("score", self.score, SCORES)
-        if self.smoothing < 0:
-            raise LdmError(f"smoothing is {self.smoothing}; legal: 0 (none) or a standard deviation in voxels.")
+        check_count("steps", self.steps)
+        check_number("smoothing", self.smoothing, 0, math.inf, "0 (none) or a standard deviation in voxels")
+        if self.level is not None:
+            check_number("level", self.level, 0, math.inf, "a time of the model's schedule")
         if self.encode_as is not None and self.guide != "free":
             raise LdmError(f"encode_as has no meaning with guide={self.guide}: only guide=free tells the class.")
         if self.scale is None:
             object.__setattr__(self, "scale", SCALES[self.guide])
+        check_number("scale", self.scale, 0, math.inf, "0 (no guidance) or more; less would lead to disease")
 
 
 def find_healthy(target: Covariate, asked: str | None) -> str:
@@ -157,6 +161,13 @@ class Detector:
             raise LdmError(
                 "This model never learned to go without its condition, which detection asks of it: train it with "
                 "ldm.condition.drop_all_rate above 0, or without a condition (ldm.condition.mode=none)."
+            )
+        told_alone = len(self.model.schema.names) == 1 or self.model.header["condition"].get("drop_rate", 0) > 0
+        if (options.guide == "free" or options.encode_as is not None) and not told_alone:
+            raise LdmError(
+                f"guide=free tells the model nothing but '{self.target.name}', and this one was never trained without "
+                f"the rest of {', '.join(self.model.schema.names)}: train it with ldm.condition.drop_rate above 0, or "
+                f"with no covariate beside '{self.target.name}'."
             )
         if options.encode_as is not None:
             self.target.level_index(options.encode_as)
@@ -262,10 +273,14 @@ def anomaly_map(images: np.ndarray, counterparts: np.ndarray, options: Detection
     Each channel counts in units of the model's intensity range.
     """
     difference = np.abs(np.asarray(images, np.float32) - counterparts)  # (B, C, *S)
-    maps = difference.sum(1) if options.channels == "sum" else difference.mean(1)
-    if options.smoothing:
-        maps = gaussian_filter(maps, (0, *(options.smoothing,) * (maps.ndim - 1)))
-    return maps
+    return smoothed(difference.sum(1) if options.channels == "sum" else difference.mean(1), options)
+
+
+def smoothed(maps: np.ndarray, options: DetectionOptions) -> np.ndarray:
+    """Maps ``(B, *S)``, smoothed as the options say."""
+    if not options.smoothing:
+        return maps
+    return gaussian_filter(maps, (0, *(options.smoothing,) * (maps.ndim - 1)))
 
 
 def image_scores(maps: np.ndarray, options: DetectionOptions) -> np.ndarray:

@@ -134,10 +134,11 @@ def folder_records(
         value = row.get(target.name)
         images = {channel: str(files[name][channel]) for channel in files[name]}
         mask = str(labels[name]) if name in labels else None
-        if value is not None:
-            target.level_index(value)
-        elif mask is not None:
-            value = healthy if not preprocessing.read_labels(mask).any() else _diseased(target, healthy)
+        lesion = mask is not None and bool(preprocessing.read_labels(mask).any())
+        if value is None and mask is not None:
+            value = _diseased(target, healthy) if lesion else healthy
+        if value is not None and target.levels[target.level_index(value)] == healthy and lesion:
+            raise LdmError(f"{table}: '{name}' is healthy by its {target.name}, but {mask} has a lesion; mend one.")
         records.append(Record(name, row.get(SUBJECT) or name, images, mask, {target.name: value}, "test", str(folder)))
         if mask is not None:
             preprocessing.load_labels(records[-1])  # refuses one of another shape before anything is computed
@@ -200,7 +201,12 @@ def _stem(path: Path) -> str:
 def _mask_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise LdmError(f"There is no folder masks={folder}.")
-    stems = {_stem(path): path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES)}
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name.lower().endswith(SUFFIXES):
+            if _stem(path) in stems:
+                raise LdmError(f"masks={folder}: {stems[_stem(path)]} and {path} have one name; leave one of them out.")
+            stems[_stem(path)] = path
     found = {}
     for name in names:
         mine = [stems[name + ending] for ending in MASK_ENDINGS if name + ending in stems]
@@ -218,7 +224,11 @@ def _rows(table: Path, names: Sequence[str]) -> dict[str, dict[str, str | None]]
     content = read_table(table)
     if ID not in content.columns:
         raise LdmError(f"{table} has no column '{ID}'.{nearest(ID, content.columns)}")
-    rows = {row[ID]: row for row in content.rows}
+    rows = {}
+    for row in content.rows:
+        if row[ID] in rows:
+            raise LdmError(f"{table}: '{row[ID]}' has two rows; leave one of them out.")
+        rows[row[ID]] = row
     for name in names:
         if name not in rows:
             raise LdmError(f"{table}: has no row for '{name}'.{nearest(name, [row for row in rows if row])}")

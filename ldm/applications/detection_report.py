@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm.applications.anomaly import DetectionOptions, image_scores
+from ldm.applications.anomaly import DetectionOptions, image_scores, smoothed
 from ldm.applications.detection import Found, maps_of
 from ldm.applications.tuning import reference_of
 from ldm.metrics.detection import detection_metrics
+from ldm.metrics.segmentation import bootstrap
 
 #: what is compared, by the array of `Found` that the image is compared with
 METHODS = {"partial_noising": "partial noising", "reconstruction": "first stage's reconstruction"}
@@ -38,7 +39,7 @@ def method_maps(founds: Sequence[Found], options: DetectionOptions, channel: int
         if getattr(founds[0], name) is not None:
             maps[name] = maps_of(founds, options, name)
     if founds[0].round_trip is not None:
-        maps["intensity"] = np.stack([found.case.image[channel] for found in founds])
+        maps["intensity"] = smoothed(np.stack([found.case.image[channel] for found in founds]), options)
     return maps
 
 
@@ -70,27 +71,38 @@ def evaluate(
         "patients": len(set(reference.subjects)),
         "thresholds": {name: thresholds.get(name) for name in methods},
         "methods": methods,
-        "sanity": sanity(founds, options, reference.diseased),
+        "sanity": sanity(founds, options, reference.diseased, seed),
     }
 
 
-def sanity(founds: Sequence[Found], options: DetectionOptions, diseased: np.ndarray) -> dict[str, float]:
-    """How much of the maps is not the disease.
+def sanity(founds: Sequence[Found], options: DetectionOptions, diseased: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """How much of the maps is not the disease, each with its 95 % interval over patients.
 
     ``round_trip_mae``: mean absolute error of encoding and decoding without guidance, in the model's intensity range;
     ``healthy_map_unguided`` and ``healthy_map_guided``: mean of the map on healthy images at s = 0 and at the chosen s;
-    ``diseased_map_guided`` for comparison. Empty without a round trip.
+    ``healthy_change``: the latter less the former, paired; ``diseased_map_guided`` for comparison. Empty without a
+    round trip.
     """
     if founds[0].round_trip is None:
         return {}
-    errors = [np.abs(found.case.image - found.round_trip).mean() for found in founds]
-    unguided, guided = maps_of(founds, options, "round_trip"), maps_of(founds, options)
-    return {
-        "round_trip_mae": float(np.mean(errors)),
-        "healthy_map_unguided": float(unguided[~diseased].mean()),
-        "healthy_map_guided": float(guided[~diseased].mean()),
-        "diseased_map_guided": float(guided[diseased].mean()),
+    errors = np.array([np.abs(found.case.image - found.round_trip).mean() for found in founds])
+    unguided, guided = (maps_of(founds, options, name) for name in ("round_trip", "healthy"))
+    unguided, guided = (maps.reshape(len(maps), -1).mean(1) for maps in (unguided, guided))  # (N,)
+    subjects = np.array([found.case.record.subject for found in founds])
+    everyone = np.ones_like(diseased)
+    values = {
+        "round_trip_mae": (errors, everyone),
+        "healthy_map_unguided": (unguided, ~diseased),
+        "healthy_map_guided": (guided, ~diseased),
+        "healthy_change": (guided - unguided, ~diseased),
+        "diseased_map_guided": (guided, diseased),
     }
+    return {name: _of_patients(of_images[kind], subjects[kind], seed) for name, (of_images, kind) in values.items()}
+
+
+def _of_patients(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean over patients of the mean of their images, with its interval."""
+    return bootstrap([values[subjects == one].mean() for one in np.unique(subjects)], seed=seed)
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -29,6 +30,8 @@ from ldm.model.provenance import settle_request
 from ldm.model.segmenter import Segmenter
 from ldm.training import figures
 from ldm.training.segmentation_panels import panel_row
+
+logger = logging.getLogger(__name__)
 
 TABLE, PANEL = "volumes.tsv", "panel.png"
 COLUMNS = ("participant_id", "class", "volume", "members_mean", "low", "high", "unit")
@@ -280,6 +283,11 @@ def segment(
     for start in range(0, len(pending), together):
         group = pending[start : start + together]
         loaded = [source.preprocessing.load(record) for record in group]
+        for record, (_, geometry) in zip(group, loaded, strict=True):
+            if geometry.crops:
+                logger.warning(
+                    "'%s' is larger than the model's grid: what lies outside is taken as background.", record.id
+                )
         ensembles = source.ensembles([array for array, _ in loaded], [record.id for record in group])
         for record, (_, geometry), ensemble in zip(group, loaded, ensembles, strict=True):
             write_result(out, record, in_file_space(ensemble, geometry), source, geometry)

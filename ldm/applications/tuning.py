@@ -134,6 +134,8 @@ def read_choices(model_path: Path, classifier_sha256: str | None, guide: str) ->
     try:
         stored = json.loads(path.read_text())
         entry, of_model = stored["guides"].get(guide), stored["model_sha256"]
+        if entry is not None:
+            entry["images"]["marks"]
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise LdmError(f"{path} is not what tune=true writes; remove it or tune again.") from error
     remedy = f"Tune again (ldm detect tune=true guide={guide}), or remove the file."

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.progress import Progress, track
+from rich.progress import Progress
 
-from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, find_healthy, image_scores
-from ldm.applications.cases import Truth, folder_records, lesion_classes, load_case
+from ldm.applications.anomaly import DetectionOptions, Detector, image_scores
+from ldm.applications.cases import Truth
 from ldm.applications.detection import STORED, Comparison, Found, comparison_of, look_at, maps_of
 from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
-from ldm.applications.tuning import (
-    apply_choices,
-    best,
-    judge,
-    read_choices,
-    reference_of,
-    settled,
-    sweep,
-    tuning_subjects,
-    write_choices,
+from ldm.applications.tuning import apply_choices, read_choices, settled
+from ldm.commands.detect_request import (
+    Images,
+    asked_options,
+    build_detector,
+    channel_name,
+    check_settings,
+    classifier_sha256,
+    find_images,
+    request,
+    tuned_ids,
 )
-from ldm.commands.run import plain, require_file
+from ldm.commands.detect_tuning import tune
 from ldm.commands.sample import load_model
-from ldm.commands.stages import cohort_datamodule, prepared
-from ldm.commands.train_classifier import expect_cohort_of, find_target, take_networks
-from ldm.data.cohort_config import SPLITS
-from ldm.data.draft import Record
-from ldm.diffusion.checks import check_choice, check_count
+from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json, write_text
 from ldm.metrics.detection import dice
-from ldm.model.classifier import Classifier
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.provenance import settle_request
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
-
-#: swept where nothing else is asked for: quantiles of the training times, and s
-LEVELS = (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-SWEPT_SCALES = {"classifier": (3.0, 10.0, 30.0, 100.0, 300.0), "free": (1.0, 2.0, 3.0, 5.0, 8.0), "none": (0.0,)}
 
 
 def run(config: DictConfig) -> Path:
@@ -58,9 +48,10 @@ def run(config: DictConfig) -> Path:
     the threshold instead, and return the file beside the model that holds them.
     """
     check_count("batch_size", config.batch_size)
+    check_settings(config)
     model, path = load_model(config)
     detector = build_detector(config, model)
-    channel = intensity_channel(config, model)
+    channel = model.preprocessing.channels.index(channel_name(config, model))
     if config.tune:
         return tune(config, detector, path, channel)
     entry = read_choices(path, classifier_sha256(detector), config.guide)
@@ -73,7 +64,8 @@ def run(config: DictConfig) -> Path:
     if config.compare:
         comparison = comparison_of(detector, options, baselines.get("partial_noising", {}).get("level"))
     out = Path(config.run_dir)
-    settle_request(out, request(config, detector, options, comparison, threshold, images.records))
+    asked = request(config, detector, options, comparison, threshold, images.records)
+    settle_request(out, asked)
     founds = look(config, detector, images, options, comparison, out / STORED)
     maps = maps_of(founds, options)
     for found, anomaly in zip(founds, maps, strict=True):
@@ -82,103 +74,27 @@ def run(config: DictConfig) -> Path:
     table = write_scores(out / TABLE, score_rows(founds, maps, options, images.truth, threshold))
     if evaluated:
         chosen = [found for found in founds if found.case.record.id in evaluated]
-        thresholds = {name: one["threshold"] for name, one in baselines.items()} | {options.guide: threshold}
+        thresholds = baseline_thresholds(baselines, channel_name(config, model)) | {options.guide: threshold}
         metrics = evaluate(chosen, options, thresholds, channel, config.resamples, config.seed)
         metrics["chosen_on_these_images"] = bool(evaluated & tuned_ids(images, entry))
+        metrics["protocol"] = {name: value for name, value in asked.items() if name not in ("images", "files_sha256")}
+        metrics["protocol"] |= {"split": images.split, "intensity_channel": channel_name(config, model)}
         write_json(out / "metrics.json", metrics)
         logger.info("Against the truth:\n%s", write_text(out / "metrics.md", markdown(metrics)).read_text())
     logger.info("%d images: maps, healthy counterparts and %s are in %s", len(founds), TABLE, out)
     return table
 
 
-def build_detector(config: DictConfig, model: LatentDiffusionModel) -> Detector:
-    """The model with its classifier, where one guides, and the level of the target that means healthy.
-
-    Raises:
-        LdmError: no classifier, one of another diffusion model, or no target.
-    """
-    classifier = None
-    if config.guide == "classifier":
-        path = require_file(config.classifier_model, "classifier", "train-classifier")
-        classifier = Classifier.load(path, model.device)
-    if classifier is None:
-        target = find_target(model.schema, config.target, "target")
-    else:
-        target = classifier.target
-        if config.target not in (None, target.name):
-            raise LdmError(f"target is '{config.target}', but the classifier tells '{target.name}'.")
-    healthy = find_healthy(target, None if config.healthy is None else str(config.healthy))
-    return Detector(model, target, healthy, classifier, config.precision)
-
-
-def classifier_sha256(detector: Detector) -> str | None:
-    """Hash of the classifier, where there is one."""
-    return None if detector.classifier is None else detector.classifier.sha256
-
-
-def asked_options(config: DictConfig) -> dict[str, Any]:
-    """Those settings that are options of detection; None where nothing is asked."""
-    asked = {field.name: config[field.name] for field in fields(DetectionOptions) if field.name in config}
-    return asked | {"encode_as": None if asked["encode_as"] is None else str(asked["encode_as"])}
-
-
-# --- images -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Images:
-    """What to look at.
-
-    Attributes:
-        records: the images' records.
-        truth: how they say what is healthy.
-        split: of the cohort; None for those of a folder.
-        split_sha256: of the cohort; None for those of a folder.
-    """
-
-    records: Sequence[Record]
-    truth: Truth
-    split: str | None = None
-    split_sha256: str | None = None
-
-
-def find_images(
-    config: DictConfig, model: LatentDiffusionModel, path: Path, detector: Detector, split: str | None
-) -> Images:
-    """The images to look at: those of a folder, or of a split of the cohort.
-
-    Raises:
-        LdmError: none, or ones that do not fit the model.
-    """
-    target, healthy = detector.target, detector.healthy
-    if config.images is not None:
-        files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
-        records = folder_records(Path(config.images), model.preprocessing, target, healthy, *files)
-        return Images(records, Truth(target, healthy))
-    for name in ("masks", "table"):
-        if config[name] is not None:
-            raise LdmError(f"{name} goes with images=FOLDER; masks of a cohort are data.labels, its table data.table.")
-    take_networks(config, model)
-    cohort = prepared(cohort_datamodule(config)).cohort
-    expect_cohort_of(model, cohort, path)
-    split = split or ("test" if cohort.split("test") else "valid")
-    check_choice("split", split, (*SPLITS, "all"))
-    records = [record for record in cohort.records if split in ("all", record.split)]
-    if not records:
-        raise LdmError(f"cohort '{cohort.name}' has no image in split={split}; see data.split.")
-    classes = lesion_classes(
-        plain(config.data)["label_names"] or {}, None if config.lesion is None else list(config.lesion)
-    )
-    return Images(records, Truth(target, healthy, classes), split, cohort.split_hash)
-
-
-def tuned_ids(images: Images, entry: Mapping[str, Any] | None) -> set[str]:
-    """Those of the images that L, s and the threshold were chosen on."""
-    if entry is None or images.split is None or entry["images"]["split_sha256"] != images.split_sha256:
-        return set()
-    there = [record for record in images.records if record.split == entry["images"]["split"]]
-    subjects = tuning_subjects(there, entry["images"]["share"], entry["images"]["seed"]) if there else set()
-    return {record.id for record in there if record.subject in subjects}
+def baseline_thresholds(baselines: Mapping[str, Mapping[str, Any]], channel: str) -> dict[str, float | None]:
+    """Thresholds that were chosen for what stands beside the detection; that of another channel's intensity is none."""
+    thresholds = {name: one["threshold"] for name, one in baselines.items()}
+    if "intensity" in baselines and baselines["intensity"]["channel"] != channel:
+        logger.warning(
+            "The threshold of plain intensity was chosen for %s, so %s has none; tune with intensity_channel=%s.",
+            *(baselines["intensity"]["channel"], channel, channel),
+        )
+        thresholds["intensity"] = None
+    return thresholds
 
 
 def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] | None) -> set[str]:
@@ -214,143 +130,7 @@ def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] |
     return rest
 
 
-# --- tuning -------------------------------------------------------------------------------------------
-
-
-def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Path:
-    """Choose L, s and the threshold on validation images; returns ``detection.json`` beside the model.
-
-    What has been swept is kept in the output folder, so that the same command goes on.
-    """
-    options = DetectionOptions(**{name: value for name, value in asked_options(config).items() if value is not None})
-    images = find_images(config, detector.model, path, detector, config.sweep.split)
-    share = config.sweep.share or 1.0
-    subjects = tuning_subjects(images.records, share, config.seed)
-    records = [record for record in images.records if record.subject in subjects]
-    cases = [load_case(record, detector.model.preprocessing, images.truth) for record in track(records, "reading")]
-    reference, levels = reference_of(cases), swept_levels(config, detector)
-    scales = SWEPT_SCALES[options.guide] if config.sweep.scales is None else list(config.sweep.scales)
-    for level in levels:
-        detector.check(replace(options, level=level))
-    out = Path(config.run_dir)
-    stored = out / f"sweep-{options.guide}.json"
-    asked = request(config, detector, options, Comparison(), None, records) | {"levels": levels, "scales": scales}
-    rows = swept(config, detector, cases, options, levels, scales, stored, asked)
-    chosen, criterion = best(rows["guided"])
-    baselines = {}
-    if options.guide != "none":
-        baselines["partial_noising"] = best(rows["partial_noising"])[0]
-        images_array = np.stack([case.image for case in cases])  # (N, C, *S)
-        baselines["intensity"] = judge(images_array[:, channel], options, reference)
-        if comparison_of(detector, options).reconstruction:
-            rebuilt = np.concatenate([detector.reconstructions(image[None]) for image in images_array])
-            baselines["reconstruction"] = judge(anomaly_map(images_array, rebuilt, options), options, reference)
-    entry = {
-        "classifier_sha256": classifier_sha256(detector),
-        "target": detector.target.name,
-        "healthy": detector.healthy,
-        **{name: chosen[name] for name in ("level", "scale", "threshold")},
-        "options": settled(options),
-        "criterion": criterion,
-        "sweep": rows["guided"],
-        "baselines": baselines,
-        "images": {
-            "split": images.split,
-            "split_sha256": images.split_sha256,
-            "share": share,
-            "seed": config.seed,
-            "count": len(records),
-            "patients": len(subjects),
-        },
-    }
-    file = write_choices(path, options.guide, entry)
-    logger.info(
-        "Chosen on %d images of %d patients: level %g, scale %g, threshold %s (%s %.3f); kept in %s",
-        len(records),
-        len(subjects),
-        chosen["level"],
-        chosen["scale"],
-        "none" if chosen["threshold"] is None else f"{chosen['threshold']:.4g}",
-        criterion,
-        chosen[criterion],
-        file,
-    )
-    return file
-
-
-def swept_levels(config: DictConfig, detector: Detector) -> list[float]:
-    """The levels to sweep: those asked for, or quantiles of the training times."""
-    if config.sweep.levels is not None:
-        return list(config.sweep.levels)
-    return [detector.time_at(share) for share in LEVELS]
-
-
-def swept(
-    config: DictConfig,
-    detector: Detector,
-    cases: Sequence[Any],
-    options: DetectionOptions,
-    levels: Sequence[float],
-    scales: Sequence[float],
-    stored: Path,
-    asked: Mapping[str, Any],
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the sweep, ``guided`` and of ``partial_noising``; levels that ``stored`` has are not swept again."""
-    asked = json.loads(json.dumps(asked))
-    kept = json.loads(stored.read_text()) if stored.is_file() else {}
-    rows = kept["rows"] if kept.get("request") == asked else {"guided": [], "partial_noising": []}
-    kinds = {"guided": (options, scales)}
-    if options.guide != "none":
-        noising = comparison_of(detector, options).partial_noising
-        kinds["partial_noising"] = (noising, [SCALES["none"]])
-    total = len(levels) * len(cases) * sum(len(of_kind) for _, of_kind in kinds.values())
-    with Progress() as bar:
-        task = bar.add_task("sweeping", total=total)
-        for kind, (of_kind, of_scales) in kinds.items():
-            for level in levels:
-                if any(row["level"] == level for row in rows[kind]):
-                    bar.advance(task, len(cases) * len(of_scales))
-                    continue
-                rows[kind] += sweep(
-                    detector,
-                    cases,
-                    of_kind,
-                    [level],
-                    of_scales,
-                    config.batch_size,
-                    config.seed,
-                    lambda count: bar.advance(task, count),
-                )
-                write_json(stored, {"request": asked, "rows": rows})
-    return rows
-
-
 # --- results ------------------------------------------------------------------------------------------
-
-
-def request(
-    config: DictConfig,
-    detector: Detector,
-    options: DetectionOptions,
-    comparison: Comparison,
-    threshold: float | None,
-    records: Sequence[Record],
-) -> dict[str, Any]:
-    """What the results depend on."""
-    model = detector.model
-    return {
-        "model_sha256": model.header["tensors_sha256"],
-        "simulated_training_data": model.header.get("simulated", False),
-        "classifier_sha256": classifier_sha256(detector),
-        "target": detector.target.name,
-        "healthy": detector.healthy,
-        "options": {**asdict(options), "level": detector.level(options)},
-        "comparison": asdict(comparison),
-        "threshold": threshold,
-        "seed": config.seed,
-        "precision": config.precision,
-        "images": {record.id: list(record.images.values()) for record in records},
-    }
 
 
 def look(
@@ -429,15 +209,3 @@ def panel(
 
 def _word(diseased: bool | None) -> str:
     return "" if diseased is None else "diseased" if diseased else "healthy"
-
-
-def intensity_channel(config: DictConfig, model: LatentDiffusionModel) -> int:
-    """Position of ``intensity_channel`` among the model's channels.
-
-    Raises:
-        LdmError: no such channel.
-    """
-    if config.intensity_channel is None:
-        return 0
-    check_choice("intensity_channel", config.intensity_channel, model.preprocessing.channels)
-    return model.preprocessing.channels.index(config.intensity_channel)

@@ -126,8 +126,12 @@ def expect_known_options(model: Generative, config: DictConfig) -> None:
             raise LdmError(f"{key} is no sampling option of the {model.what}; legal: {legal}.")
 
 
-def asked_table(covariates: Any) -> Table | None:
+def asked_table(covariates: Any, key: str = "covariates") -> Table | None:
     """The table that ``covariates`` names; None where it is a mapping, a list of mappings or nothing.
+
+    Args:
+        covariates: what was given.
+        key: the setting that it was given as.
 
     Raises:
         LdmError: there is no such file.
@@ -135,7 +139,8 @@ def asked_table(covariates: Any) -> Table | None:
     if covariates is None or isinstance(covariates, DictConfig | ListConfig):
         return None
     if not Path(str(covariates)).is_file():
-        raise LdmError(f"covariates={covariates}: there is no such table. Give a TSV or CSV file, or {{age: 70}}.")
+        remedy = "Give a TSV or CSV file" + (", or {age: 70}." if key == "covariates" else ".")
+        raise LdmError(f"{key}={covariates}: there is no such table. {remedy}")
     return read_table(Path(str(covariates)))
 
 
@@ -173,13 +178,20 @@ def asked_inputs(config: DictConfig, table: Table | None) -> dict[str, Any]:
     return {name: filled(name, value, table) for name, value in asked.items()}
 
 
-def filled(name: str, value: Any, table: Table | None) -> Any:
-    """``value`` with the columns of a template filled in, one a row of the table; without a template as it is."""
+def filled(name: str, value: Any, table: Table | None, key: str = "covariates") -> Any:
+    """``value`` with the columns of a template filled in, one a row of the table; without a template as it is.
+
+    Args:
+        name: the setting that ``value`` was given as.
+        value: with {column} in it, or without.
+        table: whose rows fill it in.
+        key: the setting that names the table.
+    """
     columns = _COLUMN.findall(str(value))
     if not columns:
         return value
     if table is None:
-        raise LdmError(f"{name}={value}: a template takes its columns from a table; set covariates=TABLE.")
+        raise LdmError(f"{name}={value}: a template takes its columns from a table; set {key}=TABLE.")
     for column in columns:
         if column not in table.rows[0]:
             raise LdmError(

@@ -19,12 +19,14 @@ from ldm.applications.segmentation import (
     in_order,
     segment,
 )
-from ldm.applications.segmentation_evaluation import METRICS, beside, evaluate, null_for_nan, report, verdict
+from ldm.applications.segmentation_evaluation import evaluate
+from ldm.applications.segmentation_report import METRICS, beside, differences, null_for_nan, report, verdict
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.draft import Record
 from ldm.data.images import split_reference
+from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.model.file import read_header
@@ -42,13 +44,13 @@ SPLITS = ("test", "valid", "train", "all")
 def run(config: DictConfig) -> Path:
     """Segment, write, and measure if asked to; returns the table of volumes."""
     for name in ("members", "batch_size"):
-        if config[name] < 1:
-            raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
+        check_count(name, config[name])
+    check_settings(config)
     source = find_source(config)
     if config.images is None:
         records = cohort_records(config, source)
     else:
-        records = [in_order(record, source) for record in asked_records(config)]
+        records = [in_order(record, source) for record in asked_records(config, source)]
     if config.evaluate:
         for record in track(records, "checking label maps"):
             check_labels(record, source)
@@ -65,15 +67,36 @@ def run(config: DictConfig) -> Path:
     return table
 
 
+def check_settings(config: DictConfig) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        LdmError: naming the setting and what it goes with.
+    """
+    for name, goes_with, given in (
+        ("table", "images", config.images is not None),
+        ("labels", "images", config.images is not None),
+        ("split", "the cohort", config.images is None),
+    ):
+        if config[name] is not None and not given:
+            raise LdmError(f"{name} goes with {goes_with}, and has no meaning here; leave it out.")
+
+
 def measure(config: DictConfig, source: Source, records: Sequence[Record], out: Path) -> None:
     """Write ``metrics.json`` and ``report.html``, other evaluations of ``beside`` in the same table."""
+    split = None if config.images is not None else config.split or records[0].split
+    if split in ("train", "all"):
+        logger.warning(
+            "split=%s: the model was trained on some of these subjects; the numbers say so in `split`.", split
+        )
     with Progress() as bar:
         task = bar.add_task("measuring", total=len({record.subject for record in records}))
-        metrics = evaluate(source, records, out, config.seed, lambda count: bar.advance(task, count))
-    write_json(out / METRICS, null_for_nan(metrics))
+        metrics = evaluate(source, records, out, split, config.seed, lambda count: bar.advance(task, count))
     others = beside(plain(config.beside), metrics) if config.beside else {}
+    metrics["differences"] = differences(metrics, others)
+    write_json(out / METRICS, null_for_nan(metrics))
     page = report(out, metrics, others)
-    for line in verdict({metrics["protocol"]["kind"]: metrics, **others}):
+    for line in verdict(metrics, others):
         logger.info("%s", line)
     logger.info("Report: %s", page)
 
@@ -91,6 +114,9 @@ def find_source(config: DictConfig) -> Source:
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
     if kinds == {NETWORK}:
+        for name in ("steps", "sampler", "eta"):
+            if config[name] is not None:
+                raise LdmError(f"{name} is for diffusion models; {paths[0]} is a network of ldm train-segmenter.")
         sha256 = [header["tensors_sha256"] for header in headers]
         return NetworkSource([Segmenter.load(path) for path in paths], sha256, config.members, config.seed)
     if kinds != {DIFFUSION} or len(paths) > 1:
@@ -104,28 +130,38 @@ def find_source(config: DictConfig) -> Source:
     return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
 
 
-def asked_records(config: DictConfig) -> list[Record]:
+def asked_records(config: DictConfig, source: Source) -> list[Record]:
     """The subjects of ``images``, named by the table's participant_id, or numbered.
 
     Raises:
-        LdmError: a template without a table, or ``labels`` of another number.
+        LdmError: a template without a table, a table or ``labels`` of another number, or a name twice.
     """
-    table = asked_table(config.table)
-    given = plain(config.images)
-    values = filled("images", given, table)
-    if not isinstance(values, list):
-        values = [values]
+    table = asked_table(config.table, "table")
+    values = _as_list(filled("images", _plain(config.images), table, "table"))
     if not values:
         raise LdmError("images is an empty list; legal: {NAME: file} of one subject, a list of such, or templates.")
-    labels = _as_list(filled("labels", _plain(config.labels), table), len(values))
-    if len(labels) != len(values):
-        raise LdmError(f"labels names {len(labels)} label maps for {len(values)} subjects; legal: one each.")
+    labels = [None] * len(values)
+    if config.labels is not None:
+        labels = _as_list(filled("labels", _plain(config.labels), table, "table"))
     rows = [{}] * len(values) if table is None else table.rows
+    for name, given in (("labels", labels), ("table", rows)):
+        if len(given) != len(values):
+            raise LdmError(f"{name} has {len(given)} entries for {len(values)} subjects of images; legal: one each.")
     names = [row.get("participant_id") or sample_name(index) for index, row in enumerate(rows)]
     return [
-        Record(name, name, {k: v for k, v in value.items() if v is not None}, truth, {}, "test", name)
-        for name, value, truth in zip(names, values, labels, strict=True)
+        Record(name, row.get("subject") or name, _images(value, source), truth, {}, "test", name)
+        for name, row, value, truth in zip(names, rows, values, labels, strict=True)
     ]
+
+
+def _images(value: Any, source: Source) -> dict[str, str]:
+    """The images of a subject by name; a file alone is that of a model that is given one."""
+    if isinstance(value, dict):
+        return {name: file for name, file in value.items() if file is not None}
+    if not isinstance(value, str) or len(source.channels) > 1:
+        form = ", ".join(f"{name}: FILE" for name in source.channels)
+        raise LdmError(f"images: {value!r} does not say which image it is; legal: {{{form}}}, or a list of such.")
+    return {source.channels[0]: value}
 
 
 def cohort_records(config: DictConfig, source: Source) -> list[Record]:
@@ -152,8 +188,8 @@ def cohort_records(config: DictConfig, source: Source) -> list[Record]:
     return [in_order(record, source) for record in records]
 
 
-def _as_list(value: Any, count: int) -> list[Any]:
-    return [None] * count if value is None else value if isinstance(value, list) else [value]
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _plain(value: Any) -> Any:

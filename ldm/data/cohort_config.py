@@ -13,6 +13,7 @@ from ldm.errors import LdmError, nearest
 
 SPLITS = ("train", "valid", "test")
 POLICIES = ("stop", "leave_out")
+OTHER_LABELS = ("background", "refuse")
 MISSING_POLICIES = ("null", "drop", "error")
 
 DEFAULTS: dict[str, Any] = {
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "labels": None,
     "label_names": {},
+    "other_labels": "background",
     "slices": None,
     "covariates": {},
     "missing_covariate": None,
@@ -70,6 +72,7 @@ def complete_config(data_cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     _one_of(config["spatial_dims"], (2, 3), "data.spatial_dims")
     _one_of(config["missing_covariate"], MISSING_POLICIES, "data.missing_covariate")
     _one_of(config["faults"], POLICIES, "data.faults")
+    _one_of(config["other_labels"], OTHER_LABELS, "data.other_labels")
     _one_of(config["subjects_linked"], (True, False), "data.subjects_linked")
     config["slices"] = checked_slices(config["slices"], config["spatial_dims"])
     _check_fractions(config["split"]["fractions"])

@@ -29,6 +29,7 @@ _REMEDIES = {
     "constant-image": _RESTORE,
     "intensity": "make data.intensity fit the data (data.intensity.kind, lower, upper), or take the row out",
     "labels-values": "store labels as whole numbers from 0 to 255, resampled with nearest neighbour",
+    "labels-unknown": "name them in data.label_names, or set data.other_labels=background",
 }
 
 
@@ -39,7 +40,7 @@ def file_faults(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:
             if files[ref].kind:
                 kind = files[ref].kind
                 faults.append(Fault(shown(draft, ref), kind, files[ref].reason, _REMEDIES[kind], record.id))
-        faults += _disagreements(draft, record, files)
+        faults += _disagreements(draft, record, files) + _unknown_labels(draft, record, files)
     faults += _unlike_cohort(draft, files)
     faults += _identical(draft, files)
     return faults
@@ -61,15 +62,33 @@ def _disagreements(draft: Draft, record: Record, files: Mapping[str, FileFacts])
 
 
 def _off_grid(image: FileFacts, other: FileFacts) -> tuple[str, str] | None:
-    """``("shape" or "affine", reason)`` when ``other`` lies on another grid than ``image``."""
-    if other.shape[1:] != image.shape[1:]:
-        return "shape", f"has shape {list(other.shape[1:])}, the image {list(image.shape[1:])}"
-    if image.affine is None or other.affine is None:
-        return None
-    shift = corner_shift(image.shape[1:], np.array(image.affine), np.array(other.affine))
-    if shift <= GRID_TOLERANCE:
-        return None
-    return "affine", f"its affine places a corner {shift:.2f} voxels from the image's"
+    """``("shape" or "affine", reason)`` when ``other``, or the volume that it is a slice of, lies on another grid."""
+    grids = [(image.shape[1:], image.affine, other.shape[1:], other.affine)]
+    if image.volume_affine is not None and other.volume_affine is not None:
+        grids.append((image.volume_shape, image.volume_affine, other.volume_shape, other.volume_affine))
+    for shape, affine, other_shape, other_affine in grids:
+        if other_shape != shape:
+            return "shape", f"has shape {list(other_shape)}, the image {list(shape)}"
+        if affine is None or other_affine is None:
+            continue
+        shift = corner_shift(shape, np.array(affine), np.array(other_affine))
+        if shift > GRID_TOLERANCE:
+            return "affine", f"its affine places a corner {shift:.2f} voxels from the image's"
+    return None
+
+
+def _unknown_labels(draft: Draft, record: Record, files: Mapping[str, FileFacts]) -> list[Fault]:
+    """Values that ``data.label_names`` does not name, where these are not background."""
+    if record.labels is None or draft.config["other_labels"] == "background":
+        return []
+    named = draft.config["label_names"]
+    known = {0} | {v for entry in named.values() for v in (entry if isinstance(entry, list | tuple) else [entry])}
+    unknown = sorted(set(files[record.labels].values) - known)
+    if not unknown:
+        return []
+    legal = ", ".join(f"{value} {name}" for name, value in named.items())
+    reason = f"has label value(s) {', '.join(map(str, unknown))}; data.label_names names 0 background, {legal}"
+    return [Fault(shown(draft, record.labels), "labels-unknown", reason, _REMEDIES["labels-unknown"], record.id)]
 
 
 def _unlike_cohort(draft: Draft, files: Mapping[str, FileFacts]) -> list[Fault]:

@@ -82,7 +82,7 @@ class Image:
     array:  float32 (C, D, H, W) along the NIfTI axes i, j, k, or (C, H, W) with row 0 on top.
     affine: (4, 4) voxel index to world (RAS+) in mm, or None for pictures, arrays and slices.
     facts:  ``path``, ``format``, ``dtype`` as stored; NIfTI also ``axcodes``, ``spacing`` (mm),
-            ``sform_code``, ``qform_code``.
+            ``sform_code``, ``qform_code``; a slice of a volume ``volume``, the shape and affine of that in RAS.
     """
 
     array: np.ndarray
@@ -314,7 +314,8 @@ def _read_nifti(path: Path, selector: str | None, spatial_dims: int | None) -> I
     image = _nifti_volume(path)
     if spatial_dims == 2 and 1 in image.array.shape[1:]:
         ras = _to_ras(image.array, image.affine)
-        return Image(_upright(np.take(ras, 0, axis=ras.shape.index(1, 1))), None, image.facts)
+        facts = image.facts | {"volume": _ras_grid(image.array.shape[1:], image.affine)}
+        return Image(_upright(np.take(ras, 0, axis=ras.shape.index(1, 1))), None, facts)
     return image
 
 
@@ -340,7 +341,7 @@ def _ras_volume(path: Path, mtime_ns: int, size: int) -> tuple[np.ndarray, dict[
     image = _nifti_volume(path)
     ras = _to_ras(image.array, image.affine)
     ras.flags.writeable = False
-    return ras, image.facts
+    return ras, image.facts | {"volume": _ras_grid(image.array.shape[1:], image.affine)}
 
 
 def _nifti_slice(path: Path, ras: np.ndarray, selector: str) -> np.ndarray:
@@ -363,6 +364,14 @@ def _nifti_slice(path: Path, ras: np.ndarray, selector: str) -> np.ndarray:
 def _to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     orientation = nib.io_orientation(affine)
     return np.stack([nib.apply_orientation(channel, orientation) for channel in array])
+
+
+def _ras_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], list[list[float]]]:
+    """Shape and affine of a volume whose axes are flipped and permuted as `_to_ras` does."""
+    orientation = nib.io_orientation(affine)
+    order = np.argsort(orientation[:, 0])
+    ras = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    return tuple(shape[axis] for axis in order), ras.tolist()
 
 
 def _upright(plane: np.ndarray) -> np.ndarray:

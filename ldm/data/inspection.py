@@ -27,7 +27,7 @@ from ldm.files import write_json
 logger = logging.getLogger(__name__)
 
 CACHE_FILE = "checks.json"
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 NOT_KEPT = ("missing-file", "unreadable")
 """Faults that may be gone without a change of the file: a disk that was away, memory that was short."""
 MAX_WORKERS = 8
@@ -48,6 +48,8 @@ class FileFacts:
         shape: channels first, (C, *S).
         affine: 4 x 4 rows, voxel index to world in mm; ``None`` for pictures and arrays.
         digest: SHA-256 of shape and pixels.
+        volume_shape, volume_affine: of a slice, those of its volume in RAS.
+        values: of a label map, those in it.
     """
 
     kind: str | None = None
@@ -56,6 +58,9 @@ class FileFacts:
     shape: tuple[int, ...] = ()
     affine: tuple[tuple[float, ...], ...] | None = None
     digest: str = ""
+    volume_shape: tuple[int, ...] = ()
+    volume_affine: tuple[tuple[float, ...], ...] | None = None
+    values: tuple[int, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
@@ -152,11 +157,26 @@ def inspect(ref: str, role: str, spatial_dims: int, recipe: IntensityRecipe) -> 
         return _unreadable(ref, path, error)
     shape = tuple(int(size) for size in image.array.shape)
     wrong = _wrong_dimensions(shape, spatial_dims, role)
-    affine = None if image.affine is None else tuple(tuple(map(float, row)) for row in image.affine)
+    affine = None if image.affine is None else _rows(image.affine)
     if wrong:
         return FileFacts("wrong-dimensions", wrong, shape=shape, affine=affine)
     kind, reason = _inspect_pixels(image.array, path, role, recipe)
-    return FileFacts(kind, reason, header.note, shape, affine, _digest(image.array))
+    volume_shape, volume_affine = image.facts.get("volume", ((), None))
+    return FileFacts(
+        kind,
+        reason,
+        header.note,
+        shape,
+        affine,
+        _digest(image.array),
+        volume_shape,
+        None if volume_affine is None else _rows(volume_affine),
+        tuple(int(value) for value in np.unique(image.array)) if role == "labels" and kind is None else (),
+    )
+
+
+def _rows(affine: Any) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in affine)
 
 
 def _inspect_header(path: Path) -> FileFacts:
@@ -267,12 +287,6 @@ def _save_cache(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _from_json(entry: Mapping[str, Any]) -> FileFacts:
-    affine = entry["affine"]
-    return FileFacts(
-        entry["kind"],
-        entry["reason"],
-        entry["note"],
-        tuple(entry["shape"]),
-        None if affine is None else tuple(tuple(row) for row in affine),
-        entry["digest"],
-    )
+    affine, volume_affine = (None if one is None else _rows(one) for one in (entry["affine"], entry["volume_affine"]))
+    tuples = {name: tuple(entry[name]) for name in ("shape", "volume_shape", "values")}
+    return FileFacts(**{**entry, **tuples, "affine": affine, "volume_affine": volume_affine})

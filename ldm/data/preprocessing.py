@@ -384,18 +384,28 @@ def _corners(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
 def _expect_one_grid(record_id: str, headers: Mapping[str, images.Header]) -> None:
     (first_name, first), *others = headers.items()
     for name, header in others:
-        shape = header.shape[1:]
-        distance = _grid_distance(shape, first.affine, header.affine) if shape == first.shape[1:] else np.inf
-        if distance > GRID_TOLERANCE:
-            reason = (
-                f"the affines differ by up to {distance:.3g} voxels"
-                if np.isfinite(distance)
-                else f"shapes are {first.shape[1:]} and {shape}"
-            )
+        reason = _difference(first, header)
+        if reason:
             raise LdmError(
                 f"record '{record_id}': '{first_name}' and '{name}' do not lie on one grid ({reason}). "
                 "Register and resample them onto one another first."
             )
+
+
+def _difference(first: images.Header, second: images.Header) -> str | None:
+    """How two grids differ; slices also by the volumes that they are cut from."""
+    pairs = [((first.shape[1:], first.affine), (second.shape[1:], second.affine))]
+    if "volume" in first.facts and "volume" in second.facts:
+        pairs.append((first.facts["volume"], second.facts["volume"]))
+    for (shape, affine), (other_shape, other_affine) in pairs:
+        if shape != other_shape:
+            return f"shapes are {shape} and {other_shape}"
+        distance = _grid_distance(shape, affine, other_affine)
+        if np.isinf(distance):
+            return "one has an affine and the other has none"
+        if distance > GRID_TOLERANCE:
+            return f"the affines differ by up to {distance:.3g} voxels"
+    return None
 
 
 def _same_grid(first: Geometry, second: Geometry) -> bool:

@@ -65,6 +65,9 @@ class SegmentationPanels(FigureCallback):
         patience: int | None = None,
     ) -> None:
         super().__init__(folder)
+        if cases and not any(case.truth.any() for case in cases):
+            logger.warning("None of the %d held-out images has a class: there is no %s.", len(cases), METRIC)
+            cases = ()
         self.cases, self.members, self.steps = list(cases), members, steps
         self.best = Path(folder) / "model-best.safetensors" if keep_best else None
         self.patience, self.scores = patience, []
@@ -121,7 +124,7 @@ class SegmentationPanels(FigureCallback):
 
 
 def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequence[str]) -> dict[str, float]:
-    """Dice of each class: a subject's images are counted together, subjects averaged."""
+    """Dice of each class that any subject has, averaged over those; a subject's images are counted together."""
     subjects: dict[str, list[int]] = defaultdict(list)
     for position, case in enumerate(cases):
         subjects[case.subject].append(position)
@@ -129,10 +132,12 @@ def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequ
         (np.stack([found[i] for i in positions]), np.stack([cases[i].truth for i in positions]))
         for positions in subjects.values()
     ]
-    return {
-        name: float(np.mean([dice(labels == index, truth == index) for labels, truth in pairs]))
-        for index, name in enumerate(classes, 1)
-    }
+    scores = {}
+    for index, name in enumerate(classes, 1):
+        known = [dice(labels == index, truth == index) for labels, truth in pairs if (truth == index).any()]
+        if known:
+            scores[name] = float(np.mean(known))
+    return scores
 
 
 def panel_row(

@@ -61,7 +61,10 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     chosen = json.loads((run / "ldm/detection.json").read_text())["guides"]["classifier"]
     assert len(chosen["sweep"]) == 4
     assert chosen["images"]["patients"] == 4
-    assert chosen["sweep"][0]["dice_pooled"] <= max(row["dice_pooled"] for row in chosen["sweep"])
+    largest = max(chosen["sweep"], key=lambda row: row["dice_pooled"])
+    assert {name: chosen[name] for name in ("level", "scale", "threshold")} == {
+        name: largest[name] for name in ("level", "scale", "threshold")
+    }
     assert set(chosen["baselines"]) == {"partial_noising", "intensity"}
 
     code, text = ldm(*request)
@@ -74,8 +77,10 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     assert found["image_auroc"]["value"] > 0.9
     assert found["dice"]["value"] > 0.4
     assert found["image_auroc"]["value"] > metrics["methods"]["partial_noising"]["image_auroc"]["value"]
-    assert metrics["sanity"]["round_trip_mae"] < 0.1
-    assert metrics["sanity"]["diseased_map_guided"] > 2 * metrics["sanity"]["healthy_map_guided"]
+    sanity = {name: entry["value"] for name, entry in metrics["sanity"].items()}
+    assert sanity["round_trip_mae"] < 0.1
+    assert sanity["diseased_map_guided"] > 2 * sanity["healthy_map_guided"]
+    assert sanity["healthy_change"] == pytest.approx(sanity["healthy_map_guided"] - sanity["healthy_map_unguided"])
     assert "| classifier |" in (run / "detection/metrics.md").read_text()
     provenance = json.loads((run / "detection/provenance.json").read_text())
     assert provenance["options"]["level"] == chosen["level"]
@@ -113,6 +118,102 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     metrics = json.loads((tmp_path / "rest/metrics.json").read_text())
     assert metrics["patients"] == 4
     assert metrics["sanity"] == {}
+    assert metrics["protocol"]["split"] == "valid"
+
+    # a threshold of one channel is not one of another
+    code, text = ldm(*request[:-1], "split=valid", "out=other_channel")
+    assert not code, text
+    assert "The threshold of plain intensity was chosen for FLAIR, so T1 has none" in text
+    metrics = json.loads((tmp_path / "other_channel/metrics.json").read_text())
+    assert metrics["thresholds"]["intensity"] is None
+    assert metrics["thresholds"]["partial_noising"] is not None
+
+
+def test_what_choices_were_made_on_is_known_again(trained, ldm, tmp_path):
+    run, common, root = trained
+    shutil.copytree(run / "ldm", tmp_path / "ldm")  # where choices are kept
+    detect = ("detect", *common, *FAST, "guide=none", "model=ldm/model.safetensors")
+    request = (*detect, "out=tuned")
+    sweep = ("tune=true", "sweep.levels=[300, 310]", "sweep.split=all")
+    code, text = ldm(*request, *sweep)
+    assert not code, text
+    kept = tmp_path / "ldm/detection.json"
+    chosen = json.loads(kept.read_text())["guides"]["none"]
+    assert [row["level"] for row in chosen["sweep"]] == [300]  # of ten moves both begin at the same
+    code, text = ldm(*detect, "out=all", "compare=false")
+    assert not code, text
+    assert json.loads((tmp_path / "all/metrics.json").read_text())["chosen_on_these_images"] is True
+
+    # other masks are another sweep
+    rows = chosen["sweep"]
+    for path in (root / "mask").glob("*-1.png"):
+        mask = np.asarray(PIL.Image.open(path))
+        PIL.Image.fromarray(np.roll(mask, 5, axis=0)).save(path)
+    try:
+        code, text = ldm(*request, *sweep, "data.cache=false")
+        assert not code, text
+    finally:
+        for path in (root / "mask").glob("*-1.png"):
+            PIL.Image.fromarray(np.roll(np.asarray(PIL.Image.open(path)), -5, axis=0)).save(path)
+    again = json.loads(kept.read_text())["guides"]["none"]["sweep"]
+    assert again[0]["dice_pooled"] != rows[0]["dice_pooled"]
+
+
+def test_a_folder_that_choices_were_made_on_is_known_again(trained, ldm, tmp_path):
+    run, _, root = trained
+    for name in ("p0-0", "p0-1"):
+        for channel in ("T1", "FLAIR"):
+            (tmp_path / "cases").mkdir(exist_ok=True)
+            shutil.copy(root / channel / f"{name}.png", tmp_path / f"cases/{name}_{channel}.png")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        shutil.copy(root / "mask" / f"{name}.png", tmp_path / f"masks/{name}.png")
+    shutil.copytree(run / "ldm", tmp_path / "ldm")
+    request = ("detect", "model=ldm/model.safetensors", "guide=none", "images=cases", "masks=masks", *FAST)
+    code, text = ldm(*request, "tune=true", "sweep.levels=[300]", "out=tuned")
+    assert not code, text
+    code, text = ldm(*request, "out=same")
+    assert not code, text
+    assert "the numbers are too good" in text
+    shutil.copytree(tmp_path / "cases", tmp_path / "others")
+    for path in (tmp_path / "others").iterdir():
+        PIL.Image.fromarray(np.asarray(PIL.Image.open(path)) // 2).save(path)
+    code, text = ldm(*request, "images=others", "out=other")
+    assert not code, text
+    assert json.loads((tmp_path / "other/metrics.json").read_text())["chosen_on_these_images"] is False
+
+    shutil.copytree(tmp_path / "masks", tmp_path / "masks/again")
+    code, text = ldm(*request, "out=refused")
+    assert code
+    assert "have one name" in text
+    shutil.rmtree(tmp_path / "masks/again")
+    (tmp_path / "table.csv").write_text("participant_id,diseased\np0-0,0\np0-1,0\n")
+    code, text = ldm(*request, "table=table.csv", "out=refused")
+    assert code
+    assert "'p0-1' is healthy by its diseased, but" in text
+    (tmp_path / "table.csv").write_text("participant_id,diseased\np0-0,0\np0-1,1\np0-1,0\n")
+    code, text = ldm(*request, "table=table.csv", "out=refused")
+    assert code
+    assert "'p0-1' has two rows" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("level=abc",), "level is 'abc'"),
+        (("scale=-5",), "scale is -5; legal: 0 (no guidance) or more"),
+        (("smoothing=wide",), "smoothing is 'wide'"),
+        (("tune=true", "sweep.levels=[]"), "sweep.levels is empty"),
+        (("tune=true", "sweep.scales=[abc]"), "scale is 'abc'"),
+        (("tune=true", "sweep.share=0"), "sweep.share is 0"),
+        (("tune=true", "level=300"), "level has no meaning with tune=true: set sweep.levels"),
+        (("images=cases", "lesion=[tumour]"), "lesion names classes of data.label_names"),
+    ],
+)
+def test_illegal_requests(trained, ldm, arguments, message):
+    _, common, _ = trained
+    code, text = ldm("detect", *common, *FAST, "out=refused", *arguments)
+    assert code
+    assert message in text
 
 
 @pytest.mark.parametrize(("guide", "scale"), [("free", 2.0), ("none", None)])

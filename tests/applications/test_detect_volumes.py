@@ -28,6 +28,9 @@ def test_volumes_come_back_in_their_own_space(ldm, tiny, tmp_path, cohort_root):
         scan = scan.slicer[1:, :, :-1].as_reoriented(nib.orientations.axcodes2ornt("PIR")) if k else scan
         nib.save(scan, scans / f"{name}.nii.gz")
         rows.append(f"{name}\t{'FM'[k]}\n")
+        if not k:  # the same scan, its axes stored otherwise
+            nib.save(scan.as_reoriented(nib.orientations.axcodes2ornt("PIR")), scans / "turned.nii.gz")
+            rows.append("turned\tF\n")
     (tmp_path / "sexes.tsv").write_text("participant_id\tsex\n" + "".join(rows))
     code, text = ldm(*common, "images=scans", "table=sexes.tsv", "out=out", "threshold=0.2")
     assert not code, text
@@ -41,6 +44,14 @@ def test_volumes_come_back_in_their_own_space(ldm, tiny, tmp_path, cohort_root):
         assert anomaly.min() >= 0
         assert anomaly.max() > 0.1
         assert set(np.unique(written["lesion"].get_fdata())) <= {0, 1}
+    for kind in ("healthy", "anomaly"):
+        one, turned = (
+            nib.load(tmp_path / f"out/{name}_{kind}.nii.gz") for name in (table["participant_id"][0], "turned")
+        )
+        assert nib.aff2axcodes(turned.affine) != nib.aff2axcodes(one.affine)
+        back = nib.as_closest_canonical(turned).get_fdata()
+        expected = nib.as_closest_canonical(one).get_fdata()
+        np.testing.assert_allclose(back, expected, atol=0.02 * expected.max())
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", "intensity"}
     assert "pixel_auroc" not in metrics["methods"]["classifier"]  # no masks

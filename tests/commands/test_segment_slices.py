@@ -99,10 +99,16 @@ def test_slices(ldm, root, tmp_path):
     assert scores["dice"]["n"] == 3
     low, high = scores["dice"]["interval"]
     assert low <= scores["dice"]["value"] <= high
-    assert 0 <= metrics["calibration"]["ece"] <= metrics["calibration"]["ece_region"]
+    assert metrics["protocol"]["split"] == "valid"
+    difference = metrics["differences"]["dropout"]["tumour"]["value"]
+    assert difference == pytest.approx(scores["dice"]["value"] - found["summary"]["classes"]["tumour"]["dice"]["value"])
     report = (tmp_path / "ours/report.html").read_text()
     assert "dropout, tumour: Dice" in report
     assert "diffusion, tumour: Dice" in report
+
+    code, text = ldm(*asked[:-1], "beside={diffusion: peer}")
+    assert code
+    assert "give the other another name" in text
 
     # what is written is what was measured, at the size of the slices
     _check_files(tmp_path / "ours", root, metrics)

@@ -1,5 +1,7 @@
 """2-D slices out of volumes, channels of array rows, pictures at another size, and subjects carved out of a split."""
 
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from ldm.commands.main import conf_dir
 from ldm.data import images
 from ldm.data.checks import check_cohort
 from ldm.data.cohort import Cohort
-from ldm.data.draft import carved, split_subjects
+from ldm.data.draft import Record, carved, split_subjects
 from ldm.data.geometry import Geometry
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
@@ -39,6 +41,32 @@ def config(root, *overrides):
 
 
 SLICES = ("data.spatial_dims=2", "data.slices={range: [2, 6]}")
+
+
+@pytest.mark.parametrize("slices", [(), SLICES])
+def test_a_moved_channel_and_an_unknown_label_are_found_in_slices_too(patients, tmp_path, slices):
+    """Slices of one size do not tell that their volumes lie elsewhere; 3 is what later sets call the enhancing part."""
+    shutil.copytree(patients, tmp_path / "brats", ignore=shutil.ignore_patterns(".ldm-cache"))
+    moved, mask = (tmp_path / f"brats/BraTS2021_00001/BraTS2021_00001_{name}.nii.gz" for name in ("flair", "seg"))
+    affine = np.diag([-1.0, -1, 1, 1])
+    affine[1, 3] = 5
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(moved).dataobj), affine), moved)
+    labels = np.asarray(nib.load(mask).dataobj)
+    nib.save(nib.Nifti1Image(np.where(labels == 4, 3, labels), np.diag([-1.0, -1, 1, 1])), mask)
+    for _ in range(2):  # read, and from the cache
+        report = check_cohort(config(tmp_path / "brats", *slices), progress=False)
+        found = {fault.kind for fault in report.faults}
+        assert found == {"channels-affine", "labels-unknown"}, report.render()
+    assert "label value(s) 3; data.label_names names 0 background, [1, 2, 4] tumour" in report.render()
+    names = "data.label_names={tumour: [1, 2, 3, 4]}"
+    report = check_cohort(config(tmp_path / "brats", *slices, names), progress=False)
+    assert {fault.kind for fault in report.faults} == {"channels-affine"}
+    ref = f"{moved}::axial[4]"
+    recipe = Preprocessing.from_config({**config(patients, *SLICES)}, 2)
+    other = f"{str(moved).replace('flair', 't1')}::axial[4]"
+    recipe = recipe.fit([Record("a", "a", {"T1": other}, None, {}, "train", "a")])
+    with pytest.raises(LdmError, match="'T1' and 'FLAIR' do not lie on one grid .the affines differ by up to 5 voxels"):
+        recipe.read_channels({"T1": other, "FLAIR": ref})
 
 
 def test_volumes_become_slices_of_one_patient(patients):

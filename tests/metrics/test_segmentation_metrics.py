@@ -39,8 +39,9 @@ def test_surface_distance_is_in_mm():
     assert measures.hd95(disc(6), disc(6)) == 0
     assert measures.hd95(moved, disc(6)) == pytest.approx(3, abs=0.3)
     assert measures.hd95(moved, disc(6), (2.0, 2.0)) == pytest.approx(2 * measures.hd95(moved, disc(6)))
-    assert measures.hd95(np.zeros((32, 32), bool), np.zeros((32, 32), bool)) == 0
-    assert np.isnan(measures.hd95(np.zeros((32, 32), bool), disc(6)))
+    nothing = np.zeros((32, 32), bool)
+    assert np.isnan(measures.hd95(nothing, disc(6)))
+    assert np.isnan(measures.hd95(nothing, nothing))  # there is no surface: 0 would be earned by finding nothing
 
 
 def test_energy_distance():
@@ -70,9 +71,11 @@ def test_rank_correlation_and_rejection():
     truth, found = HALF.copy(), HALF.copy()
     found[7] = True
     knows, does_not = np.arange(8.0), -np.arange(8.0)
-    shares = (0.0, 1 / 8, 1 / 4)
-    assert measures.rejection_curve(found, truth, knows, shares) == pytest.approx([8 / 9, 1, 1])
-    assert measures.rejection_curve(found, truth, does_not, shares) == pytest.approx([8 / 9, 6 / 7, 4 / 5])
+    shares = (0.0, 1 / 4, 1 / 2)  # of four voxels
+    assert measures.rejection_curve(found, truth, knows, 4, shares) == pytest.approx([8 / 9, 1, 1])
+    assert measures.rejection_curve(found, truth, does_not, 4, shares) == pytest.approx([8 / 9, 6 / 7, 4 / 5])
+    gone = measures.rejection_curve(FIRST, FIRST, does_not, 4, (0.0, 1 / 2))
+    assert gone == pytest.approx([1, np.nan], nan_ok=True)  # nothing is left that could agree
     assert measures.spearman(knows, knows**3) == pytest.approx(1)
     assert measures.spearman(does_not, knows) == pytest.approx(-1)
     assert np.isnan(measures.spearman(np.zeros(8), knows))
@@ -86,3 +89,16 @@ def test_the_interval_is_over_patients():
     assert found["value"] == pytest.approx(values.mean())
     assert half == pytest.approx(1.96 * values.std() / 10, rel=0.1)
     assert np.isnan(measures.bootstrap([np.nan])["value"])
+
+
+def test_the_interval_of_a_rank_correlation_is_over_patients():
+    """Eight patients: within each all images say the same, so that many images make the interval no narrower."""
+    random = np.random.default_rng(0)
+    pairs = [(random.normal(), random.normal()) for _ in range(8)]
+    few, many = (measures.clustered_spearman([[pair] * count for pair in pairs]) for count in (1, 50))
+    assert few["value"] == pytest.approx(many["value"])
+    assert many["interval"] == pytest.approx(few["interval"], abs=0.05)
+    assert (few["n"], many["n"]) == (8, 400)
+    monotone = measures.clustered_spearman([[(x, x**3)] for x in range(9)])
+    assert (monotone["value"], monotone["interval"]) == (pytest.approx(1), pytest.approx([1, 1]))
+    assert np.isnan(measures.clustered_spearman([])["value"])

@@ -1,0 +1,180 @@
+"""What ``ldm detect`` is asked: the detector, the images and their truth, and what results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ldm.applications.anomaly import DetectionOptions, Detector, find_healthy
+from ldm.applications.cases import Truth, folder_records, lesion_classes
+from ldm.applications.detection import Comparison
+from ldm.commands.run import plain, require_file
+from ldm.commands.sample import files_sha256
+from ldm.commands.stages import cohort_datamodule, prepared
+from ldm.commands.train_classifier import expect_cohort_of, find_target, take_networks
+from ldm.data.cohort_config import SPLITS
+from ldm.data.draft import Record
+from ldm.data.images import split_reference
+from ldm.diffusion.checks import check_choice
+from ldm.errors import LdmError
+from ldm.model.classifier import Classifier
+from ldm.model.latent_diffusion import LatentDiffusionModel
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        LdmError: naming the setting and what it goes with.
+    """
+    if config.images is not None and config.lesion is not None:
+        raise LdmError("lesion names classes of data.label_names; with images=FOLDER every label but 0 is a lesion.")
+    if config.tune:
+        instead = {"level": "sweep.levels", "scale": "sweep.scales", "split": "sweep.split"}
+        for name in ("level", "scale", "threshold", "split"):
+            if config[name] is not None:
+                remedy = f"set {instead[name]}" if name in instead else "the threshold is chosen"
+                raise LdmError(f"{name} has no meaning with tune=true: {remedy}.")
+        for name in ("levels", "scales"):
+            if config.sweep[name] is not None and not len(config.sweep[name]):
+                raise LdmError(f"sweep.{name} is empty; legal: numbers, or null for a range of them.")
+
+
+def build_detector(config: DictConfig, model: LatentDiffusionModel) -> Detector:
+    """The model with its classifier, where one guides, and the level of the target that means healthy.
+
+    Raises:
+        LdmError: no classifier, one of another diffusion model, or no target.
+    """
+    classifier = None
+    if config.guide == "classifier":
+        path = require_file(config.classifier_model, "classifier", "train-classifier")
+        classifier = Classifier.load(path, model.device)
+    if classifier is None:
+        target = find_target(model.schema, config.target, "target")
+    else:
+        target = classifier.target
+        if config.target not in (None, target.name):
+            raise LdmError(f"target is '{config.target}', but the classifier tells '{target.name}'.")
+    healthy = find_healthy(target, None if config.healthy is None else str(config.healthy))
+    return Detector(model, target, healthy, classifier, config.precision)
+
+
+def classifier_sha256(detector: Detector) -> str | None:
+    """Hash of the classifier, where there is one."""
+    return None if detector.classifier is None else detector.classifier.sha256
+
+
+def asked_options(config: DictConfig) -> dict[str, Any]:
+    """Those settings that are options of detection; None where nothing is asked."""
+    asked = {field.name: config[field.name] for field in fields(DetectionOptions) if field.name in config}
+    return asked | {"encode_as": None if asked["encode_as"] is None else str(asked["encode_as"])}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to look at.
+
+    Attributes:
+        records: the images' records.
+        truth: how they say what is healthy.
+        split: of the cohort; None for those of a folder.
+        split_sha256: of the cohort; None for those of a folder.
+    """
+
+    records: Sequence[Record]
+    truth: Truth
+    split: str | None = None
+    split_sha256: str | None = None
+
+
+def find_images(
+    config: DictConfig, model: LatentDiffusionModel, path: Path, detector: Detector, split: str | None
+) -> Images:
+    """The images to look at: those of a folder, or of a split of the cohort.
+
+    Raises:
+        LdmError: none, or ones that do not fit the model.
+    """
+    target, healthy = detector.target, detector.healthy
+    if config.images is not None:
+        files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
+        records = folder_records(Path(config.images), model.preprocessing, target, healthy, *files)
+        return Images(records, Truth(target, healthy))
+    for name in ("masks", "table"):
+        if config[name] is not None:
+            raise LdmError(f"{name} goes with images=FOLDER; masks of a cohort are data.labels, its table data.table.")
+    take_networks(config, model)
+    cohort = prepared(cohort_datamodule(config)).cohort
+    expect_cohort_of(model, cohort, path)
+    split = split or ("test" if cohort.split("test") else "valid")
+    check_choice("split", split, (*SPLITS, "all"))
+    records = [record for record in cohort.records if split in ("all", record.split)]
+    if not records:
+        raise LdmError(f"cohort '{cohort.name}' has no image in split={split}; see data.split.")
+    classes = lesion_classes(
+        plain(config.data)["label_names"] or {}, None if config.lesion is None else list(config.lesion)
+    )
+    return Images(records, Truth(target, healthy, classes), split, cohort.split_hash)
+
+
+def tuned_ids(images: Images, entry: Mapping[str, Any] | None) -> set[str]:
+    """Those of the images that L, s and the threshold were chosen on."""
+    if entry is None or images.split_sha256 != entry["images"]["split_sha256"]:
+        return set()
+    tuned = set(entry["images"]["marks"])
+    return {record.id for record in images.records if mark(record, images) in tuned}
+
+
+def mark(record: Record, images: Images) -> str:
+    """What an image is recognised by: its id in a cohort, what is in its files in a folder."""
+    if images.split is not None:
+        return record.id
+    digests = files_sha256({"image": [str(ref) for ref in record.images.values()]}).values()
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def request(
+    config: DictConfig,
+    detector: Detector,
+    options: DetectionOptions,
+    comparison: Comparison,
+    threshold: float | None,
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    """What the results depend on."""
+    model = detector.model
+    files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
+    return {
+        "model_sha256": model.header["tensors_sha256"],
+        "simulated_training_data": model.header.get("simulated", False),
+        "classifier_sha256": classifier_sha256(detector),
+        "target": detector.target.name,
+        "healthy": detector.healthy,
+        "options": {**asdict(options), "level": detector.level(options)},
+        "start": detector.grid(options).t[0],  # where the chain begins: its first time at L or below
+        "comparison": asdict(comparison),
+        "threshold": threshold,
+        "seed": config.seed,
+        "precision": config.precision,
+        "images": {record.id: list(record.images.values()) for record in records},
+        "files_sha256": files_sha256({"image": sorted(files)}),
+    }
+
+
+def channel_name(config: DictConfig, model: LatentDiffusionModel) -> str:
+    """The channel whose plain intensity is compared, and shown: ``intensity_channel``, or the first.
+
+    Raises:
+        LdmError: no such channel.
+    """
+    channels = model.preprocessing.channels
+    if config.intensity_channel is None:
+        return channels[0]
+    check_choice("intensity_channel", config.intensity_channel, channels)
+    return config.intensity_channel
