@@ -12,6 +12,27 @@ from uuid import uuid4
 
 import numpy as np
 
+from ldm.errors import LdmError
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A mapping in a JSON file.
+
+    Args:
+        path: the file.
+        what: it should be, for the message.
+
+    Raises:
+        LdmError: it cannot be read, or holds no mapping.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LdmError(f"{path} cannot be read as {what} ({error}); remove it, or make it again.") from error
+    if not isinstance(content, dict):
+        raise LdmError(f"{path} holds no {what}; remove it, or make it again.")
+    return content
+
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file and, where it is missing, its folder; returns the path."""

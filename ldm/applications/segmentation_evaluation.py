@@ -150,7 +150,7 @@ def _surfaces(results: Sequence[Result], truths: Sequence[np.ndarray], index: in
     known = [one for one in distances if np.isfinite(one)]
     return {
         "hd95": float(np.mean(known)) if known else float("nan"),
-        "one_surface": sum(found.any() != true.any() for found, true, _ in pairs),
+        "one_surface": sum(bool(found.any() != true.any()) for found, true, _ in pairs),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.progress import track
 
+from ldm.applications.release import FILE as RELEASE
 from ldm.commands.held_out import expect_a_split
-from ldm.commands.run import plain, require_file
+from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_rows, asked_table, draw, load_model
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.datamodule import CohortDataModule
@@ -23,7 +23,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit
 from ldm.evaluation.audit_report import pair_pictures, write_audit_page
 from ldm.evaluation.spaces import check_matcher
-from ldm.files import write_json
+from ldm.files import read_json, write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
 from ldm.model.output import as_written, in_model_space
@@ -41,7 +41,9 @@ def run(config: DictConfig) -> AuditResult:
     Raises:
         SystemExit: with status 3, when the audit does not pass.
     """
-    flips = None if config.flip_axes is None else plain(config.flip_axes)
+    check_counts(config, "n", "batch_size", "planted")
+    flips = plain(config.flip_axes)
+    flips = [flips] if isinstance(flips, int) else flips
     settings = AuditSettings(**{name: config[name] for name in SETTINGS}, flip_axes=flips)
     folder = Path(config.run_dir)
     model, path = optional_model(config)
@@ -59,7 +61,7 @@ def run(config: DictConfig) -> AuditResult:
         "split_sha256": datamodule.cohort.split_hash,
         "matcher_sha256": matcher.sha256,
         "matcher": {**matcher.facts, **matcher.metrics},
-        "model_sha256": None if model is None else model.header["tensors_sha256"],
+        "model_sha256": provenance(source).get("model_sha256") if model is None else model.header["tensors_sha256"],
         "synthetic": str(source),
         "sampling": provenance(source).get("sampling"),
         "sampling_seed": provenance(source).get("seed"),
@@ -127,13 +129,13 @@ def synthetic_folder(config: DictConfig, model: LatentDiffusionModel | None, pat
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """What ``ldm sample`` left beside its images; empty for other folders."""
-    path = folder / PROVENANCE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What ``ldm sample`` or ``ldm release`` left beside its images; empty for other folders."""
+    known = [folder / name for name in (PROVENANCE, RELEASE) if (folder / name).is_file()]
+    return read_json(known[0], "what is known of the images") if known else {}
 
 
 def read_folder(recipe: Preprocessing, folder: Path) -> Iterable[np.ndarray]:
-    """Images ``(C, *S)`` of a folder that was written as `ldm sample` does, in order of their names.
+    """Images ``(C, *S)`` of a folder that was written as `ldm sample` or `ldm release` does, in order of their names.
 
     Raises:
         LdmError: there are none.
@@ -141,7 +143,11 @@ def read_folder(recipe: Preprocessing, folder: Path) -> Iterable[np.ndarray]:
     suffix = ".nii.gz" if recipe.spatial_dims == 3 else ".png"
     apart = len(recipe.channels) > 1 and not recipe.is_rgb
     ends = [f"_{channel}{suffix}" for channel in recipe.channels] if apart else [suffix]
-    names = sorted(path.name.removesuffix(ends[0]) for path in folder.glob(f"sub-*{ends[0]}"))
+    where = "sub-*"
+    if (folder / RELEASE).is_file():
+        suffixes = provenance(folder)["suffixes"]
+        ends, where = [f"_{suffixes[channel]}{suffix}" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
+    names = sorted(str(path.relative_to(folder)).removesuffix(ends[0]) for path in folder.glob(f"{where}{ends[0]}"))
     if not names:
         raise LdmError(f"{folder} has no images sub-*{ends[0]}, which is how `ldm sample` writes those of this cohort.")
     for name in track(names, "reading synthetic images"):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from ldm.commands.held_out import expect_a_split, held_out, read_sample
-from ldm.commands.run import plain
+from ldm.commands.run import plain, section
 from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.cache import content_hash
@@ -38,7 +38,7 @@ from ldm.evaluation.features import FeatureNetwork, check_features, find_feature
 from ldm.evaluation.instruments import find_instruments, instrument_sections, merged
 from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
-from ldm.model.file import read_header
+from ldm.model.file import package_versions, read_header
 from ldm.model.generative import Generative
 from ldm.model.load import MODELS, load_generative
 from ldm.model.output import as_written, image_paths, sample_name
@@ -106,8 +106,8 @@ class HeldOut:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure every row and write ``compare.json``, ``compare.md`` and ``compare.png``; returns the table."""
-    entries = read_entries(config.models)
-    network = find_features(plain(config.features), "cuda" if torch.cuda.is_available() else "cpu")
+    entries = read_entries(section(config, "models"))
+    network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu")
     if network is None:
         raise LdmError(f"features.path={config.features.path}: without it nothing can be compared.")
     datamodule, folder = prepared(cohort_datamodule(config)), Path(config.run_dir)
@@ -124,7 +124,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         CONTROL,
         protocol(config, datamodule, network, subjects, len(reference.features)),
         config.seed,
-        controls=[name for name in rows if name.startswith((CONTROL, RECONSTRUCTED, PRIOR))],
+        controls=[name for name in rows if name not in {FLOOR, *(entry.name for entry in entries)}],
         subjects=[record.subject for record in subjects.records],
         reference_subjects=[train[position].subject for position in chosen],
     )
@@ -140,14 +140,14 @@ def run(config: DictConfig) -> dict[str, Any]:
 # --- models -----------------------------------------------------------------------------------------
 
 
-def read_entries(models: DictConfig | None) -> list[Entry]:
+def read_entries(models: Mapping[str, Any] | None) -> list[Entry]:
     """The models that are asked for: name -> file, or name -> {path: file, steps: 10, ...}.
 
     Raises:
         LdmError: none, an unknown key, or a file that is no model that draws images.
     """
     entries = []
-    for name, given in (plain(models) if models else {}).items():
+    for name, given in (models or {}).items():
         options = dict(given) if isinstance(given, Mapping) else {"path": given}
         for key in options:
             if key not in ENTRY_KEYS:
@@ -162,8 +162,8 @@ def read_entries(models: DictConfig | None) -> list[Entry]:
         kind = header.get("kind")
         if kind not in MODELS:
             raise LdmError(f"models.{name}: {path} holds a model of kind '{kind}', which draws no images.")
-        if name in (FLOOR, CONTROL, RECONSTRUCTED, PRIOR, REFERENCE):
-            raise LdmError(f"models.{name}: another row has this name; choose another.")
+        if str(name).startswith((FLOOR, PRIOR, REFERENCE)) or "|" in str(name):
+            raise LdmError(f"models.{name}: another row is called like this, or it has a '|'; choose another name.")
         entries.append(Entry(str(name), path, options, header))
     if not entries:
         raise LdmError("models is empty: name files, e.g. models='{LDM: FILE, LDM 10 steps: {path: FILE, steps: 10}}'.")
@@ -219,7 +219,8 @@ def build_measure(
         "subjects": [record.id for record in subjects.records],
         "seed": config.seed,
     }
-    return Measure(network, merged(found), datamodule.schema, subjects.rows, value_range, folder, key)
+    whose = [record.subject for record in subjects.records]
+    return Measure(network, merged(found), datamodule.schema, subjects.rows, whose, value_range, folder, key)
 
 
 def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> np.ndarray:
@@ -271,7 +272,11 @@ def model_row(measure: Measure, entry: Entry, subjects: HeldOut, config: DictCon
         return read_samples(measure, entry, subjects, config, folder, range(len(subjects.rows)))
 
     def further() -> dict[str, Any]:
-        return {"seconds_a_sample": seconds_a_sample(entry, subjects, config.batch_size)}
+        return {
+            "seconds_a_sample": seconds_a_sample(entry, subjects, config.batch_size),
+            "timed_on": f"{torch.get_num_threads()} threads" if entry.model.device.type == "cpu" else "CUDA",
+            "versions": package_versions(),
+        }
 
     return measure.row(entry.name, key, images, further=further)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.commands.held_out import held_out_set, model_cohort, read_sample
-from ldm.commands.run import plain
+from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import draw, load_model, sampling_options
 from ldm.commands.stages import record_inputs
 from ldm.data.draft import Record
@@ -31,7 +30,7 @@ from ldm.evaluation.pictures import pictures
 from ldm.evaluation.reconstruction import quality, reconstructions
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
-from ldm.files import write_json
+from ldm.files import read_json, write_json
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
 from ldm.model.output import image_paths, sample_name
@@ -54,14 +53,15 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
-    folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(plain(config.goals))
+    check_counts(config, "n", "repeats", "pairs", "batch_size", "sweep_n", "n_ref")
+    folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(section(config, "goals"))
     model, path = load_model(config)
     if model.classes is not None:
         raise LdmError(
             f"{path} generates label maps; measure them with ldm segment evaluate=true, see ldm segment --help."
         )
     datamodule = model_cohort(config, model, path)
-    network = find_features(plain(config.features), model.device)
+    network = find_features(section(config, "features"), model.device)
     if network is not None:
         check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
     instruments = find_instruments(
@@ -70,8 +70,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         datamodule.schema,
         datamodule.cohort.split_hash,
     )
-    sweep = plain(config.sweep) if OmegaConf.is_config(config.sweep) else config.sweep
-    axes = read_sweep(sweep, config.sweep_others, model.schema, datamodule.cohort.split("train"))
+    axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, datamodule.cohort.split("train"))
     real, records = held_out_set(datamodule, model.preprocessing.channels, config.n)
     samples, further = generated(model, path, config, real, records, seeds)
     once = samples.first(config.n)  # the others repeat covariates
@@ -88,7 +87,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
         "seeds": seeds,
         "reconstruction": None if rebuilt is None else quality(real.images, rebuilt, value_range, records),
-        "diversity": diversity(model, real.images, rebuilt, real.rows, samples.images, config.n, repeated, value_range),
+        "diversity": diversity(model, real, rebuilt, samples.images, config.n, repeated, value_range),
         "ms_ssim": within(real, rebuilt, once, further, value_range, config),
     }
     if instruments:
@@ -136,7 +135,7 @@ def generated(
         those of the others.
     """
     folder = Path(config.run_dir)
-    numbers = [i % len(real) for i in range(config.n)] + list(range(min(config.repeats, len(real))))
+    numbers = [i % len(real) for i in range(config.n)] + list(range(min(config.repeats, len(real), config.n)))
     asked = [dict(real.rows[i]) for i in numbers]
     whose = [real.subjects[i] for i in numbers]
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
@@ -157,7 +156,7 @@ def generation_seeds(config: DictConfig) -> list[int]:
     Raises:
         LdmError: no list of different whole numbers.
     """
-    seeds = plain(config.seeds) if OmegaConf.is_config(config.seeds) else config.seeds
+    seeds = plain(config.seeds)
     seeds = [config.seed] if seeds is None else seeds
     legal = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if not legal or not seeds or len(set(seeds)) < len(seeds):
@@ -188,7 +187,7 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     for name in ("real", "synthetic"):
         if config[name] is None:
             raise LdmError(f"{name}=DIR is missing: real and synthetic are two folders of images.")
-    network = find_features(plain(config.features), "cuda" if torch.cuda.is_available() else "cpu")
+    network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu")
     if network is None:
         raise LdmError(f"features.path={config.features.path}: without it two folders cannot be compared.")
     folder, real, synthetic = Path(config.run_dir), Path(config.real), Path(config.synthetic)
@@ -196,16 +195,15 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
     write_json(folder / "metrics.json", metrics)
-    goal = check_goals(plain(config.goals))["frechet_ratio"]
+    goal = check_goals(section(config, "goals"))["frechet_ratio"]
     logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
     return metrics
 
 
 def diversity(
     model: Generative,
-    real: Sequence[np.ndarray],
+    real: ImageSet,
     rebuilt: Sequence[np.ndarray] | None,
-    rows: Sequence[dict[str, Any]],
     samples: Sequence[np.ndarray],
     n: int,
     repeated: int,
@@ -218,11 +216,10 @@ def diversity(
     compare the same pairs of covariates.
     """
     result = {}
-    codes = model.schema.encode_table(rows) if len(model.schema) else np.zeros((len(rows), 1))
-    asked = min(n, len(rows))
-    if asked > 1:
-        pairs = nearest_pairs(codes[:asked])
-        result["real, nearest covariates"] = spread(real, pairs, value_range)
+    asked = min(n, len(real))
+    pairs = nearest_pairs(model.schema, real.rows[:asked], real.subjects[:asked])
+    if pairs:
+        result["real, nearest covariates"] = spread(real.images, pairs, value_range)
         if rebuilt is not None:
             result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
         result["samples asked as these"] = spread(samples, pairs, value_range)
@@ -267,7 +264,7 @@ def sweeps(
     for axis in axes:
         name = axis.covariate.name
         images = [
-            drawn(model, path, folder / f"sweep/{name}/{value:g}", [axis.row(value)] * config.sweep_n, config)
+            drawn(model, path, folder / f"sweep/{name}/{value!r}", [axis.row(value)] * config.sweep_n, config)
             for value in axis.values
         ]
         shown = {"value_range": value_range, "rgb": model.preprocessing.is_rgb}
@@ -318,7 +315,7 @@ def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
     """Copy what ``ldm audit`` found of the same model, if it was run, so that the report has it; never another's."""
     if config.audit is None or not Path(config.audit).is_file():
         return
-    content = json.loads(Path(config.audit).read_text())
+    content = read_json(Path(config.audit), "an audit")
     if content.get("model_sha256") == model.header["tensors_sha256"]:
         write_json(folder / "audit.json", content)
     else:

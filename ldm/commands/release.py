@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
@@ -15,6 +14,7 @@ from ldm.applications.release import (
     Session,
     bids_suffixes,
     check_count,
+    check_model,
     conditions_from,
     read_audit,
     read_evaluation,
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> Session:
     """Release a data set, or this worker's part of it; returns what was done."""
     model, _ = load_model(config)
+    check_model(model)
     plan, n = plan_of(config, model)
     out = Path(config.run_dir)
     with Progress() as bar:
@@ -62,15 +63,16 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
     if config.n is not None:
         check_count(config.n)
     sha256 = model.header["tensors_sha256"]
-    audit = read_audit(config.audit, sha256, config.release_without_audit)
-    conditions = conditions_from(plain_or(config.covariates), model, config.n, config.batch_size, config.seed)
+    sampling = vars(model.settings(sampling_options(config)))
+    audit = read_audit(config.audit, sha256, config.release_without_audit, sampling)
+    conditions = conditions_from(plain(config.covariates), model, config.n, config.batch_size, config.seed)
     n = len(conditions.rows) * config.repeats if config.n is None else config.n
     plan = Plan(
         model,
         conditions,
         str(config.name or model.header.get("cohort") or "release"),
         str(config.license),
-        bids_suffixes(model.preprocessing.channels, plain_or(config.suffix), image_template(config, model)),
+        bids_suffixes(model.preprocessing.channels, plain(config.suffix), image_template(config, model)),
         audit,
         config.seed,
         config.batch_size,
@@ -81,11 +83,6 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         read_evaluation(config.evaluation, sha256),
     )
     return plan, n
-
-
-def plain_or(value: Any) -> Any:
-    """A configuration section as plain values, and anything else as it is."""
-    return plain(value) if OmegaConf.is_config(value) else value
 
 
 def image_template(config: DictConfig, model: LatentDiffusionModel) -> str | None:

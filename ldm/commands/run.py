@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_text
 
@@ -44,9 +45,31 @@ def run_folder(config: DictConfig) -> Iterator[Path]:
             os.environ[RUN_DIR] = before
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
-    """A resolved configuration section as plain dicts and lists."""
-    return OmegaConf.to_container(node, resolve=True)
+def plain(node: Any) -> Any:
+    """A resolved configuration section as plain dicts and lists; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def check_counts(config: DictConfig, *names: str) -> None:
+    """Refuse settings that are no whole number of at least 1, as these have to be.
+
+    Raises:
+        LdmError: naming the first.
+    """
+    for name in names:
+        check_count(name, config[name])
+
+
+def section(config: DictConfig, name: str) -> dict[str, Any]:
+    """A section that is a mapping; null is an empty one.
+
+    Raises:
+        LdmError: it is something else.
+    """
+    value = plain(config[name])
+    if value is not None and not isinstance(value, dict):
+        raise LdmError(f"{name} is {value!r}; legal: {{key: value, ...}}, or null.")
+    return value or {}
 
 
 def write_config(config: DictConfig, folder: Path) -> None:

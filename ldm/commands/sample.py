@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
-from ldm.commands.run import plain, require_file
+from ldm.commands.run import check_counts, plain, require_file
 from ldm.conditioning.build import SETTINGS
 from ldm.data.images import read, split_reference
 from ldm.data.table import Table, expect_no_misspelt_column, read_table
@@ -43,9 +43,7 @@ OPTIONS = {
 
 def run(config: DictConfig) -> list[Path]:
     """Draw samples and write them with their table, mosaic and provenance; returns the images' paths."""
-    for name in ("n", "batch_size"):
-        if config[name] is not None and config[name] < 1:
-            raise LdmError(f"{name} is {config[name]}; legal: 1 or more.")
+    check_counts(config, "batch_size", *(["n"] if config.n is not None else []))
     out = Path(config.run_dir)
     model, path = load_model(config)
     table = asked_table(config.covariates)
@@ -76,7 +74,7 @@ def draw(
     expect_known_options(model, config)
     options = sampling_options(config)
     files = files_sha256(inputs) if inputs else {}
-    provenance = provenance_of(model, path, {**vars(model.defaults), **options}, config.get("precision", "auto"), files)
+    provenance = provenance_of(model, path, vars(model.settings(options)), config.get("precision", "auto"), files)
     with Progress() as bar:
         task = bar.add_task("sampling", total=len(rows))
         return write_samples(
@@ -109,7 +107,7 @@ def provenance_of(
 def sampling_options(config: DictConfig) -> dict[str, Any]:
     """What was asked for beside the model's defaults, in the model's words."""
     asked = {name: config.get(key) for key, name in OPTIONS.items()}
-    options = {name: plain(v) if OmegaConf.is_config(v) else v for name, v in asked.items() if v is not None}
+    options = {name: plain(v) for name, v in asked.items() if v is not None}
     return options if config.get("eta") is None else options | {"options": {"eta": config.eta}}
 
 

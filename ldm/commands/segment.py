@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from rich.progress import Progress, track
 
 from ldm.applications.segmentation import (
@@ -21,12 +21,11 @@ from ldm.applications.segmentation import (
 )
 from ldm.applications.segmentation_evaluation import evaluate
 from ldm.applications.segmentation_report import METRICS, beside, differences, null_for_nan, report, verdict
-from ldm.commands.run import plain, require_file
+from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.data.draft import Record
 from ldm.data.images import split_reference
-from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.model.file import read_header
@@ -43,8 +42,7 @@ SPLITS = ("test", "valid", "train", "all")
 
 def run(config: DictConfig) -> Path:
     """Segment, write, and measure if asked to; returns the table of volumes."""
-    for name in ("members", "batch_size"):
-        check_count(name, config[name])
+    check_counts(config, "members", "batch_size")
     check_settings(config)
     source = find_source(config)
     if config.images is None:
@@ -137,12 +135,12 @@ def asked_records(config: DictConfig, source: Source) -> list[Record]:
         LdmError: a template without a table, a table or ``labels`` of another number, or a name twice.
     """
     table = asked_table(config.table, "table")
-    values = _as_list(filled("images", _plain(config.images), table, "table"))
+    values = _as_list(filled("images", plain(config.images), table, "table"))
     if not values:
         raise LdmError("images is an empty list; legal: {NAME: file} of one subject, a list of such, or templates.")
     labels = [None] * len(values)
     if config.labels is not None:
-        labels = _as_list(filled("labels", _plain(config.labels), table, "table"))
+        labels = _as_list(filled("labels", plain(config.labels), table, "table"))
     rows = [{}] * len(values) if table is None else table.rows
     for name, given in (("labels", labels), ("table", rows)):
         if len(given) != len(values):
@@ -190,7 +188,3 @@ def cohort_records(config: DictConfig, source: Source) -> list[Record]:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _plain(value: Any) -> Any:
-    return plain(value) if OmegaConf.is_config(value) else value

@@ -46,6 +46,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "discriminator": gan["discriminator"],
             "ema_decay": gan["ema_decay"],
             "preprocessing": datamodule.preprocessing.fingerprint(),
+            "covariates": list(model.schema.to_dict().items()),  # their order and ranges are what the codes mean
         },
         save_model,
         label=f"{datamodule.cohort.name} gan",

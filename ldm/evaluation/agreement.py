@@ -72,10 +72,13 @@ def _statistics(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.n
     return *correlations(x, y, weights), weights @ np.abs(y - x) / weights.sum(1)
 
 
-def level_agreement(asked: Sequence[str], found: Sequence[str], levels: Sequence[str]) -> dict:
-    """How often `found` is the level that was `asked` (both (N,), each one of `levels`).
+def level_agreement(
+    asked: Sequence[str], found: Sequence[str], levels: Sequence[str], subjects: Sequence[str] | None = None
+) -> dict:
+    """How often `found` is the level that was `asked` (both (N,), each one of `levels`); `subjects` (N,) says whose.
 
-    Returns `accuracy` (share of agreement), `interval` (95 %, Wilson), `n`; `levels`: the same three for each level
+    Returns `accuracy` (share of agreement), `interval` (95 %, Wilson, of as many independent images as those of one
+    subject are worth), `n`; `levels`: the same three for each level
     that was asked; and `confusion`, counts (L, L) with a row for each asked level and a column for each found one, in
     the order of `levels`.
 
@@ -89,17 +92,32 @@ def level_agreement(asked: Sequence[str], found: Sequence[str], levels: Sequence
             raise LdmError(f"agreement: '{level}' is no level.{nearest(level, levels)} Levels: {', '.join(levels)}.")
     counts = np.zeros((len(levels), len(levels)), np.int64)
     np.add.at(counts, ([number[level] for level in asked], [number[level] for level in found]), 1)
-    right, total = np.diag(counts), counts.sum(1)
-    shares = {level: _share(int(right[i]), int(total[i])) for i, level in enumerate(levels) if total[i]}
-    return {**_share(int(right.sum()), len(asked)), "levels": shares, "confusion": counts.tolist()}
+    right = np.array([one == other for one, other in zip(asked, found, strict=True)])  # (N,)
+    whose = np.unique(range(len(asked)) if subjects is None else subjects, return_inverse=True)[1]
+    of = {level: np.array([one == level for one in asked]) for level in levels}
+    shares = {level: _share(right[mine], whose[mine]) for level, mine in of.items() if mine.any()}
+    return {**_share(right, whose), "levels": shares, "confusion": counts.tolist()}
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> list[float]:
-    """Score interval of a share (Wilson 1927): right also where all or none of `n` succeed, unlike p +- z s.e."""
-    z, p = NormalDist().inv_cdf(0.5 + confidence / 2), successes / n
+def wilson(p: float, n: float, confidence: float = 0.95) -> list[float]:
+    """Score interval of a share `p` of `n` (Wilson 1927): right also where all or none succeed, unlike p +- z s.e."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
-def _share(right: int, n: int) -> dict:
-    return {"accuracy": right / n, "interval": wilson(right, n), "n": n}
+def _share(right: np.ndarray, whose: np.ndarray) -> dict:
+    """Of right answers ``(n,)`` of images whose subjects are numbered ``(n,)``."""
+    n, share = len(right), float(right.mean())
+    return {"accuracy": share, "interval": wilson(share, independent(right, whose)), "n": n}
+
+
+def independent(right: np.ndarray, whose: np.ndarray) -> float:
+    """How many independent answers the ``(n,)`` ones of subjects are worth: between their number and that of images.
+
+    n over the design effect (Kish 1965): the variance of the share when subjects vary, over that when images do. The
+    number of subjects where all answers are alike, which tells no variance.
+    """
+    n, share, subjects = len(right), right.mean(), len(np.unique(whose))
+    variance = np.square(np.bincount(whose, right - share)).sum() / n**2
+    return float(np.clip(share * (1 - share) / variance, subjects, n)) if variance > 0 else float(subjects)

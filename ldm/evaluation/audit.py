@@ -163,7 +163,7 @@ def audit(
             f"{n['synthetic']} images, {n['train']['subjects']} and {n['held_out']['subjects']} subjects."
         )
     flips = checked_flips(settings.flip_axes, train.images[0].ndim - 1)
-    encodes = model is not None and isinstance(model.first_stage, AutoencoderKL)
+    encodes = isinstance(getattr(model, "first_stage", None), AutoencoderKL)
     spaces: list[Space] = [MatcherSpace(matcher, flips), *([ScaledLatentSpace(model, flips)] if encodes else [])]
     rebuild = (lambda image: reconstruction(model, image)) if encodes else None
     numbers, worst = {}, {}
@@ -183,7 +183,7 @@ def audit(
             "flip_axes": list(flips),
             "value_range": list(value_range),
             "distance": "root mean square of differences; of embeddings, Euclidean distance of unit vectors",
-            "test": "exact one-sided precedence test, Bonferroni over spaces",
+            "test": "exact one-sided precedence test; alpha is shared by it, the bound of copies, and the spaces",
             "versions": package_versions(),
         },
     }
@@ -235,16 +235,17 @@ def _measure(found: _Distances, settings: AuditSettings, spaces: int) -> tuple[d
     rows = {"held-out scans": held, "synthetic images": drawn}
     if found.rebuilt is not None:
         rows["held-out scans, reconstructed"] = found.rebuilt.min(1)
-    strict = _strict(found, control, held, len(drawn), settings, settings.alpha / spaces)
+    alpha = settings.alpha / (2 * spaces)  # either of the two tests, in any space, takes a pass away
+    strict = _strict(found, control, held, len(drawn), settings, alpha)
     # An image at distance 0 is the scan itself, wherever the threshold is, unless this space tells none apart.
     copied = drawn <= (strict["threshold"] if strict["usable"] else 0.0 if held.min() > 0 else -1.0)
-    test = _excess(int((drawn <= threshold).sum()), len(drawn), k, len(held), settings.alpha / spaces)
+    test = _excess(int((drawn <= threshold).sum()), len(drawn), k, len(held), alpha)
     seen = [row["recall"] for row in control.values() if row["recall"] >= settings.recall]
     numbers = {
         "threshold": threshold,
         "rate": k / (len(held) + 1),
         "rows": {name: _row(values, threshold) for name, values in rows.items()},
-        "excess": test | {"p_value": min(1.0, spaces * test["p_value"])},
+        "excess": test | {"p_value": min(1.0, 2 * spaces * test["p_value"])},
         "noticeable_share": _noticeable(test, len(drawn), k / (len(held) + 1), min(seen, default=0)),
         "copies": strict | _copies(found, copied),
         "control": control,

@@ -60,6 +60,7 @@ class Measure:
         instrument: measures covariates in an image; None without one.
         schema: covariates of the cohort.
         rows: covariates of each image of a set, ``N`` of them, asked for or true.
+        subjects: whose these are, one each.
         value_range: of the images.
         folder: where measured rows are kept.
         key: what all rows depend on; JSON-safe.
@@ -69,6 +70,7 @@ class Measure:
     instrument: Instrument | None
     schema: CovariateSchema
     rows: Sequence[Mapping[str, Any]]
+    subjects: Sequence[str]
     value_range: tuple[float, float]
     folder: Path
     key: Mapping[str, Any]
@@ -106,16 +108,21 @@ class Measure:
 
     def facts(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Whether the images show the covariates of their rows, and how far those of like covariates differ."""
-        codes = self.schema.encode_table(self.rows) if len(self.schema) else np.zeros((len(self.rows), 1))
-        pairs = nearest_pairs(codes) if len(codes) > 1 else []
+        pairs = nearest_pairs(self.schema, self.rows, self.subjects)
         return {
-            "agreement": {} if self.instrument is None else agreements(self.instrument, self.schema, self.rows, images),
+            "agreement": {}
+            if self.instrument is None
+            else agreements(self.instrument, self.schema, self.rows, images, self.subjects),
             "spread": spread(images, pairs, self.value_range) if pairs else None,
         }
 
 
 def agreements(
-    instrument: Instrument, schema: CovariateSchema, rows: Sequence[Mapping[str, Any]], images: Sequence[np.ndarray]
+    instrument: Instrument,
+    schema: CovariateSchema,
+    rows: Sequence[Mapping[str, Any]],
+    images: Sequence[np.ndarray],
+    subjects: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Agreement of what rows say and what the instrument measures, by covariate; those that cannot be had are left out.
 
@@ -126,8 +133,8 @@ def agreements(
     for name in measured[0]:
         if name in schema.names:
             pairs = [
-                (row[name], values[name])
-                for row, values in zip(rows, measured, strict=True)
+                (row[name], values[name], subject)
+                for row, values, subject in zip(rows, measured, subjects, strict=True)
                 if row.get(name) is not None and (isinstance(values[name], str) or np.isfinite(values[name]))
             ]
             found = _agreement(schema[name], pairs)
@@ -136,13 +143,15 @@ def agreements(
     return result
 
 
-def _agreement(covariate: Covariate, pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any] | None:
-    wanted, found = [a for a, _ in pairs], [b for _, b in pairs]
+def _agreement(covariate: Covariate, pairs: Sequence[tuple[Any, Any, str]]) -> dict[str, Any] | None:
+    wanted, found, subjects = ([pair[k] for pair in pairs] for k in range(3))
     if covariate.kind == "categorical":
         levels = [covariate.levels[covariate.level_index(value)] for value in wanted]
-        return level_agreement(levels, found, covariate.levels) if pairs else None
+        return level_agreement(levels, found, covariate.levels, subjects) if pairs else None
     wanted = [covariate.number(value) for value in wanted]
-    return agreement(wanted, found) if len(pairs) > 2 and np.ptp(wanted) > 0 and np.ptp(found) > 0 else None
+    if len(pairs) < 3 or np.ptp(wanted) == 0 or np.ptp(found) == 0:
+        return None
+    return agreement(wanted, found, subjects=subjects)
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from ldm.evaluation.repeats import spread_over_seeds
 from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_interval
 from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd
 from ldm.metrics.neighbours import precision_recall_density_coverage
-from ldm.metrics.ratio import frechet_ratios
+from ldm.metrics.ratio import frechet_ratios, numbered
 from ldm.model.file import package_versions
 from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
@@ -157,9 +157,10 @@ def compare(
         LdmError: a set has fewer than 3 images, or features are not finite or all alike.
     """
     n = min(len(reference), *(len(features) for features in sets.values()))
-    axes, reduction = principal_directions(reference, n)
+    axes, reduction = principal_directions(np.concatenate([reference, sets[floor][:n]]), n)
     bandwidth = median_distance(reference)
-    rows = {name: _row(reference, features[:n], axes, bandwidth, seed) for name, features in sets.items()}
+    whose = numbered(None if subjects is None else subjects[:n], n), numbered(reference_subjects, len(reference))
+    rows = {name: _row(reference, features[:n], axes, bandwidth, seed, whose) for name, features in sets.items()}
     ratios = frechet_ratios(
         reference @ axes,
         {name: features[:n] @ axes for name, features in sets.items()},
@@ -187,8 +188,8 @@ def compare(
                 **ratios,
                 "interval": "95 %, jackknife over subjects, set and reference at once",
             },
-            "frechet_interval": "95 %, 200 bootstrap resamples of both sets, centred on the distance",
-            "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval of the jackknife over both sets",
+            "frechet_interval": "95 %, 200 bootstrap resamples of the subjects of both sets, centred on the distance",
+            "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval: jackknife over subjects of both",
             "mmd": {"kernel": "Gaussian, unbiased", "bandwidth": bandwidth},
             "neighbours": {"k": min(NEIGHBOURS, n - 1), "reference_images": n},
             "blur": f"Gaussian, standard deviation {BLUR:g} voxel",
@@ -198,17 +199,24 @@ def compare(
     }
 
 
-def _row(reference: np.ndarray, features: np.ndarray, axes: np.ndarray, bandwidth: float, seed: int) -> dict[str, Any]:
+def _row(
+    reference: np.ndarray,
+    features: np.ndarray,
+    axes: np.ndarray,
+    bandwidth: float,
+    seed: int,
+    whose: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any]:
     n = len(features)
     ours, theirs = features @ axes, reference @ axes  # (N, D), (R, D)
     extrapolates = n >= SMALLEST and n > 2 * axes.shape[1]
     return {
         "n": n,
         "frechet": frechet_distance(ours, theirs),
-        "frechet_interval": list(frechet_interval(ours, theirs, seed=seed)),
+        "frechet_interval": list(frechet_interval(ours, theirs, seed=seed, whose_a=whose[0], whose_b=whose[1])),
         "frechet_infinity": frechet_infinity(ours, theirs, seed=seed) if extrapolates else None,
         "kid": kernel_distance(features, reference),
-        "kid_interval": list(kernel_interval(features, reference)),
+        "kid_interval": list(kernel_interval(features, reference, *whose)),
         "mmd": mmd(features, reference, bandwidth),
         # As many reference images as there are others: what a ball holds depends on how dense its set is.
         **precision_recall_density_coverage(reference[:n], features, min(NEIGHBOURS, n - 1)),
@@ -230,29 +238,30 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: spread_over_seeds([row[name] for row in rows]) for name in names}
 
 
-def principal_directions(reference: np.ndarray, n: int) -> tuple[np.ndarray, dict[str, Any]]:
+def principal_directions(real: np.ndarray, n: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Directions in which the Fréchet distance of n images is taken, and what is said of them.
 
     With fewer than 2 F images most of a covariance of F features is noise. Then n / 10 directions, at least 2, are
-    kept: those in which the features of the reference vary most.
+    kept: those in which the features of real images vary most. Those of the reference alone would be the ones that
+    the reference's own images happen to vary in, and any other images, real ones too, would seem to vary less.
 
     Args:
-        reference: features ``(R, F)``.
+        real: features ``(R, F)`` of the reference and the floor.
         n: images of each set.
 
     Returns:
         ``(F, D)`` orthonormal columns, and a description.
     """
-    size = reference.shape[1]
+    size = real.shape[1]
     if n >= 2 * size:
         return np.eye(size), {"directions": size, "of": size, "rule": "all features, as n >= 2 F"}
     kept = min(max(2, n // 10), size)
-    centred = reference - reference.mean(0)  # (R, F)
+    centred = real - real.mean(0)  # (R, F)
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
     return directions[:kept].T, {
         "directions": kept,
         "of": size,
-        "rule": "as n < 2 F, the first max(2, n / 10) principal directions of the reference's features",
+        "rule": "as n < 2 F, the first max(2, n / 10) principal directions of the features of all real images",
         "explained_variance": float(np.square(spread[:kept]).sum() / np.square(spread).sum()),
     }
 

@@ -9,24 +9,42 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from ldm.data.schema import CovariateSchema
 from ldm.evaluation.repeats import percentiles, resampled_subjects, spread_over_seeds
 from ldm.metrics.similarity import ms_ssim, ms_ssim_protocol
 
 
-def nearest_pairs(codes: np.ndarray) -> list[tuple[int, int]]:
-    """Each subject with the one whose covariates are nearest.
+def nearest_pairs(
+    schema: CovariateSchema, rows: Sequence[Mapping[str, Any]], subjects: Sequence[str]
+) -> list[tuple[int, int]]:
+    """Each image with that of another subject whose covariates are nearest.
 
     Args:
-        codes: ``(N, K)`` encoded covariates; NaN counts as the column's mean.
+        schema: of the covariates.
+        rows: of N images; a value that is missing counts as the mean, a level is at the same distance from any other.
+        subjects: whose each is.
 
     Returns:
-        Pairs of positions, each once.
+        Pairs of positions, each once; none where all are of one subject.
     """
+    columns = []
+    for name in schema.names:
+        covariate, values = schema[name], [row.get(name) for row in rows]
+        if covariate.kind == "categorical":
+            found = [None if value is None else covariate.level_index(value) for value in values]
+            for level in range(len(covariate.levels)):
+                columns.append([np.nan if one is None else float(one == level) for one in found])
+        else:
+            columns.append([np.nan if value is None else float(value) for value in values])
+    codes = np.array(columns, np.float64).reshape(len(columns), len(rows)).T  # (N, K)
+    codes = codes[:, np.isfinite(codes).any(0)]
     filled = np.where(np.isnan(codes), np.nanmean(codes, axis=0, keepdims=True), codes)
     scaled = (filled - filled.mean(0)) / np.maximum(filled.std(0), 1e-9)
     distance = np.linalg.norm(scaled[:, None] - scaled[None], axis=-1)  # (N, N)
-    np.fill_diagonal(distance, np.inf)
-    return sorted({tuple(sorted((i, int(j)))) for i, j in enumerate(distance.argmin(1))})
+    names = np.asarray(subjects)
+    distance[names[:, None] == names[None]] = np.inf
+    nearest = [(i, int(row.argmin())) for i, row in enumerate(distance) if np.isfinite(row).any()]
+    return sorted({tuple(sorted(pair)) for pair in nearest})
 
 
 def spread(

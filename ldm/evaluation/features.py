@@ -53,6 +53,8 @@ def find_features(config: Mapping[str, Any], device: str | torch.device = "cpu")
     Raises:
         LdmError: an unknown kind or key, or a file that is not what it should be.
     """
+    if not config:
+        return None
     for key in config:
         if key not in KEYS:
             raise LdmError(f"features.{key} is not a setting.{nearest(key, KEYS)} Legal: {', '.join(KEYS)}.")

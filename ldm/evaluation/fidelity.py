@@ -168,7 +168,9 @@ def compare_levels(
         Pairs([covariate.levels[covariate.level_index(value)] for value in one.asked], one.found, one.subjects)
         for one in sets
     ]
-    on_real, on_samples, *others = (level_agreement(one.asked, one.found, covariate.levels) for one in sets)
+    on_real, on_samples, *others = (
+        level_agreement(one.asked, one.found, covariate.levels, one.subjects) for one in sets
+    )
     result = {
         "kind": covariate.kind,
         "levels": list(covariate.levels),

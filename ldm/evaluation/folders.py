@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ldm.evaluation.features import FeatureNetwork, extract
 FLOOR = "real images, the other half"
 CONTROL = "real images, the other half, blurred"
 SYNTHETIC = "synthetic images"
+_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+_NO_IMAGE = re.compile(r"^mosaic\.png$|_(dseg|probseg|mask|seg|lesion)\.")
 
 
 def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed: int = 0) -> dict[str, Any]:
@@ -28,8 +31,9 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
 
     Args:
         network: a feature network with a preprocessing.
-        real, synthetic: folders; of their files, at any depth, all that are images count. A file is one image; an array
-            in an ``.npz`` or ``.npy`` file with one more axis is as many images as it has rows.
+        real, synthetic: folders; of their files, at any depth, all that are images count, but for label maps and the
+            mosaic that ``ldm sample`` adds. A file is one image; an array in an ``.npz`` or ``.npy`` file with one more
+            axis is as many images as it has rows. Files called ``sub-...`` alike are of one subject.
         seed: of the halves and the resamples.
 
     Raises:
@@ -45,8 +49,10 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
     for name, least in (("real", 2 * SMALLEST), ("synthetic", SMALLEST)):
         if len(refs[name]) < least:
             raise LdmError(f"{name} has {len(refs[name])} images; distances need at least {least}.")
-    order = np.random.default_rng(seed).permutation(len(refs["real"]))
-    halves = [[refs["real"][i] for i in part] for part in np.array_split(order, 2)]
+    halves = halves_by_subject(refs["real"], seed)
+    for half in halves:
+        if len(half) < SMALLEST:
+            raise LdmError(f"real: half of its subjects have {len(half)} images; distances need at least {SMALLEST}.")
     n = min(len(halves[1]), len(refs["synthetic"]))
     chosen = np.random.default_rng(seed).permutation(len(refs["synthetic"]))[:n]
     sets = {
@@ -67,7 +73,25 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
             "value_range": None if recipe.value_range is None else list(recipe.value_range),
         },
         seed,
+        subjects=[subject_of(ref) for ref in halves[1][:n]],
+        reference_subjects=[subject_of(ref) for ref in halves[0]],
     )
+
+
+def subject_of(ref: str) -> str:
+    """Whose image a file is: the BIDS entity ``sub-...`` of its name; without one, each is of another subject."""
+    found = _SUBJECT.match(Path(ref).name)
+    return found[0] if found else ref
+
+
+def halves_by_subject(refs: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """The images in two halves, all of a subject in the same one."""
+    subjects = sorted({subject_of(ref) for ref in refs})
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    first = {subjects[i] for i in order[: (len(subjects) + 1) // 2]}
+    place = {subjects[i]: number for number, i in enumerate(order)}
+    shuffled = sorted(refs, key=lambda ref: place[subject_of(ref)])
+    return [ref for ref in shuffled if subject_of(ref) in first], [r for r in shuffled if subject_of(r) not in first]
 
 
 def image_references(folder: Path, recipe: Preprocessing) -> list[str]:
@@ -78,7 +102,11 @@ def image_references(folder: Path, recipe: Preprocessing) -> list[str]:
     """
     if not folder.is_dir():
         raise LdmError(f"{folder}: is no folder of images.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name.lower().endswith(SUFFIXES) and not _NO_IMAGE.search(path.name)
+    )
     refs = []
     for file in files:
         is_numpy = file.suffix.lower() in NUMPY_SUFFIXES

@@ -96,6 +96,14 @@ def realism(distances: Metrics | None, goal: float | None) -> Verdict:
     if control["frechet_ratio_interval"][0] <= 1:
         why = "With so few images this distance does not tell blurred images from real ones: it decides nothing."
         return Verdict(question, NOT_MEASURED, f"{why} {said}")
+    floor = rows[distances["floor"]].get("frechet_ratio_interval", (1.0, 1.0))
+    if floor[0] > 1:
+        why = (
+            f"Real held-out images themselves are {number(rows[distances['floor']]['frechet_ratio'])} times as far "
+            f"{_interval(floor)} as parts of all real images are from each other: reference and held-out images differ "
+            "in kind (the network was trained on one of them, or the split is uneven), and the ratio decides nothing."
+        )
+        return Verdict(question, NOT_MEASURED, f"{why} {said}")
     seeds = _over_seeds(distances.get("seeds", {}).get("frechet_ratio"))
     return Verdict(question, judged(row["frechet_ratio_interval"], high=goal), said + seeds)
 

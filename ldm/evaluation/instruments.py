@@ -121,6 +121,7 @@ def find_instrument(
             path,
         )
     if kind == "segmenter":
+        _expect_like_images(path, trained.preprocessing.to_dict(), preprocessing.to_dict(), "train-segmenter")
         return _segmenter(trained, path, config.get("measures") or {}, schema)
     return _predictor(trained, path, config.get("measures"), preprocessing, schema)
 
@@ -179,7 +180,7 @@ def _predictor(
             own, asked = getattr(known[name], key), getattr(schema[name], key)
             if own != asked:
                 raise LdmError(f"{path} was trained with {name}.{key} {own!r}, data.covariates.{name} has {asked!r}.")
-    _expect_like_images(path, predictor.preprocessing.to_dict(), preprocessing.to_dict())
+    _expect_like_images(path, predictor.preprocessing.to_dict(), preprocessing.to_dict(), "train-predictor")
 
     def measure(image: np.ndarray) -> dict[str, float | str]:
         found = predictor.predict(image[None])
@@ -193,12 +194,12 @@ def _reading(found: torch.Tensor, covariate: Covariate) -> float | str:
     return covariate.levels[int(found.argmax())] if covariate.kind == "categorical" else float(found)
 
 
-def _expect_like_images(path: Path, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _expect_like_images(path: Path, trained: Mapping[str, Any], given: Mapping[str, Any], verb: str) -> None:
     key = unlike(trained, given)
     if key is not None:
         raise LdmError(
             f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again with "
-            "the same data settings: ldm train-predictor."
+            f"the same data settings: ldm {verb}."
         )
 
 

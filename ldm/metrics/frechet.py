@@ -43,21 +43,46 @@ def frechet_from_moments(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarr
     return max(float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * shared), 0.0)
 
 
-def frechet_interval(a: np.ndarray, b: np.ndarray, resamples: int = 200, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of :func:`frechet_distance` at these N and M; both sets are resampled.
+def frechet_interval(
+    a: np.ndarray,
+    b: np.ndarray,
+    resamples: int = 200,
+    seed: int = 0,
+    whose_a: np.ndarray | None = None,
+    whose_b: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """95 % bootstrap interval of :func:`frechet_distance` at these N and M; the subjects of both sets are resampled.
 
     A resample repeats images, which adds to the distance what a smaller set adds. The percentiles are therefore those
     of the resampled distances minus their mean, put around the distance itself. The bias of small N is in the distance
     and in the interval alike: compare distances at equal N only.
+
+    Args:
+        a, b: features ``(N, F)`` and ``(M, F)``.
+        resamples, seed: of the bootstrap.
+        whose_a, whose_b: number of each image's subject, ``(N,)`` and ``(M,)``; None is another subject each.
     """
     a, b = checked(a, b)
+    images_a, images_b = _of_subjects(len(a), whose_a), _of_subjects(len(b), whose_b)
     rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        rows_a, rows_b = rng.integers(len(a), size=len(a)), rng.integers(len(b), size=len(b))
-        drawn.append(frechet_distance(a[rows_a], b[rows_b]))
+    drawn = [frechet_distance(a[_resample(images_a, rng)], b[_resample(images_b, rng)]) for _ in range(resamples)]
     low, high = np.percentile(np.array(drawn) - np.mean(drawn), [2.5, 97.5]) + frechet_distance(a, b)
     return max(float(low), 0.0), float(high)
+
+
+def _of_subjects(count: int, whose: np.ndarray | None) -> list[np.ndarray]:
+    """Positions of each subject's images."""
+    if whose is None:
+        return list(np.arange(count)[:, None])
+    return [np.flatnonzero(np.asarray(whose) == one) for one in np.unique(whose)]
+
+
+def _resample(images: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Positions of the images of as many subjects, drawn with replacement; of at least two images."""
+    while True:
+        rows = np.concatenate([images[i] for i in rng.integers(len(images), size=len(images))])
+        if len(rows) > 1:
+            return rows
 
 
 def frechet_infinity(a: np.ndarray, b: np.ndarray, points: int = 15, seed: int = 0) -> float:

@@ -18,16 +18,29 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return _unbiased(*_sums(*_kernels(*checked(a, b), _cubic)))
 
 
-def kernel_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+def kernel_interval(
+    a: np.ndarray, b: np.ndarray, whose_a: np.ndarray | None = None, whose_b: np.ndarray | None = None
+) -> tuple[float, float]:
     """95 % interval of :func:`kernel_distance`: plus and minus 1.96 standard errors of the jackknife of both sets.
 
-    The jackknife (Arvesen 1969) leaves out one image at a time. A bootstrap would draw images twice, and pairs of equal
-    images are what the unbiased estimate has to do without.
+    The jackknife (Arvesen 1969) leaves out one subject at a time. A bootstrap would draw images twice, and pairs of
+    equal images are what the unbiased estimate has to do without.
+
+    Args:
+        a, b: features ``(N, F)`` and ``(M, F)``.
+        whose_a, whose_b: number of each image's subject, ``(N,)`` and ``(M,)``; None is another subject each.
 
     Raises:
-        LdmError: a set has fewer than 3 images.
+        LdmError: a set has fewer than 3 images or subjects.
     """
-    return _jackknife(*_kernels(*checked(a, b, 3), _cubic))
+    a, b = checked(a, b, 3)
+    owners = []
+    for features, whose in ((a, whose_a), (b, whose_b)):
+        whose = np.arange(len(features)) if whose is None else np.asarray(whose)
+        owners.append((whose[:, None] == np.unique(whose)).astype(np.float64))  # (N, subjects)
+        if owners[-1].shape[1] < 3:
+            raise LdmError(f"an interval over subjects needs 3 of them in each set; there are {owners[-1].shape[1]}.")
+    return _jackknife(*_kernels(a, b, _cubic), *owners)
 
 
 def mmd(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) -> float:
@@ -79,10 +92,19 @@ def _unbiased(aa, bb, ab, n, m):
     return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
 
 
-def _jackknife(aa, bb, ab) -> tuple[float, float]:
+def _jackknife(aa, bb, ab, owners_a, owners_b) -> tuple[float, float]:
+    """From kernels ``(N, N)``, ``(M, M)``, ``(N, M)``, and which image is of which subject ``(N, G)``, ``(M, H)``."""
     total_aa, total_bb, total_ab, n, m = _sums(aa, bb, ab)
-    without_a = _unbiased(total_aa - 2 * aa.sum(1), total_bb, total_ab - ab.sum(1), n - 1, m)  # (N,)
-    without_b = _unbiased(total_aa, total_bb - 2 * bb.sum(1), total_ab - ab.sum(0), n, m - 1)  # (M,)
-    error = np.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var())
-    value = _unbiased(total_aa, total_bb, total_ab, n, m)
+    rest_a, left_n = _without(aa, owners_a)
+    rest_b, left_m = _without(bb, owners_b)
+    without_a = _unbiased(rest_a, total_bb, total_ab - ab.sum(1) @ owners_a, left_n, m)  # (G,)
+    without_b = _unbiased(total_aa, rest_b, total_ab - ab.sum(0) @ owners_b, n, left_m)  # (H,)
+    groups = [(len(one) - 1) * one.var() for one in (without_a, without_b)]
+    error, value = np.sqrt(sum(groups)), _unbiased(total_aa, total_bb, total_ab, n, m)
     return float(value - 1.96 * error), float(value + 1.96 * error)
+
+
+def _without(kernel: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of a kernel ``(N, N)`` over pairs without each subject ``(G,)``, and the number of images that are left."""
+    own = ((kernel @ owners) * owners).sum(0)  # (G,) pairs within a subject, which both subtractions take
+    return kernel.sum() - 2 * kernel.sum(1) @ owners + own, len(kernel) - owners.sum(0)

@@ -67,7 +67,7 @@ def frechet_ratios(
     out = tuple(one % groups for one in whose)
     ratios = None
     if n > 4 * reference.shape[1]:  # both halves have to have more images than features
-        ratios = _extrapolated_ratios(reference, sets, floor, out, groups)
+        ratios = _extrapolated_ratios(reference, sets, floor, whose, out, groups)
     method = FIXED if ratios is None else EXTRAPOLATED
     if ratios is None:
         below = cross_validated(sets[floor], reference, *whose, seed)
@@ -97,8 +97,9 @@ def cross_validated(
 def extrapolated(a: np.ndarray, b: np.ndarray, half_a: np.ndarray, half_b: np.ndarray) -> float:
     """Distance at infinitely many images: ``2 d(n) - d(n / 2)``, which has no term in 1/n; may be negative.
 
-    The second is the mean over two halves, ``half_a`` ``(N,)`` and ``half_b`` ``(M,)`` of 0 and 1. They are not drawn,
-    so that leaving out a subject changes nothing but that subject.
+    The second is the mean over two halves, ``half_a`` ``(N,)`` and ``half_b`` ``(M,)`` of 0 and 1; a subject's images
+    are in one half, or both halves would know as much as the whole. They are not drawn, so that leaving out a subject
+    changes nothing but that subject.
     """
     halves = [frechet_distance(a[half_a == half], b[half_b == half]) for half in (0, 1)]
     return 2 * frechet_distance(a, b) - float(np.mean(halves))
@@ -152,30 +153,35 @@ def _extrapolated_ratios(
     reference: np.ndarray,
     sets: Mapping[str, np.ndarray],
     floor: str,
+    whose: tuple[np.ndarray, np.ndarray],
     out: tuple[np.ndarray, np.ndarray],
     groups: int,
 ) -> dict[str, Any] | None:
     """None where the floor is not told from 0."""
-    below = _extrapolated_without(sets[floor], reference, out, groups)
+    halves = whose[0] % 2, whose[1] % 2
+    below = _extrapolated_without(sets[floor], reference, halves, out, groups)
     if interval(*below)[0] <= 0 or below[1].min() <= 0:
         return None
     ratios = {floor: {"value": 1.0, "interval": [1.0, 1.0]}}
     for name in sets:
         if name == floor:
             continue
-        value, without = _extrapolated_without(sets[name], reference, out, groups)
+        value, without = _extrapolated_without(sets[name], reference, halves, out, groups)
         low, high = interval(value / below[0], without / below[1])
         ratios[name] = {"value": max(value / below[0], 0.0), "interval": [max(low, 0.0), max(high, 0.0)]}
     return ratios
 
 
 def _extrapolated_without(
-    features: np.ndarray, reference: np.ndarray, out: tuple[np.ndarray, np.ndarray], groups: int
+    features: np.ndarray,
+    reference: np.ndarray,
+    halves: tuple[np.ndarray, np.ndarray],
+    out: tuple[np.ndarray, np.ndarray],
+    groups: int,
 ) -> tuple[float, np.ndarray]:
     """The extrapolated distance, and that without each group ``(G,)``."""
     features, reference = checked(features, reference)
-    (ours, theirs), halves = out, (np.arange(len(features)) % 2, np.arange(len(reference)) % 2)
-    without = []
+    (ours, theirs), without = out, []
     for group in range(groups):
         kept, kept_theirs = ours != group, theirs != group
         parts = features[kept], reference[kept_theirs], halves[0][kept], halves[1][kept_theirs]

@@ -39,8 +39,8 @@ def settle_request(
         differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
         if differing:
             raise LdmError(
-                f"{folder} holds results of another request ({', '.join(differing)} differ). Choose another out=..., "
-                "or remove the folder."
+                f"{folder} holds results of another request ({', '.join(differing)} differ). Choose another folder "
+                "(out=... or run_dir=...), or remove this one."
             )
     written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
     write_json(path, {**request, **({REMARKS: dict(remarks)} if remarks else {}), WRITTEN: written})

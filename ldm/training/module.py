@@ -62,7 +62,7 @@ class StageModule(L.LightningModule):
         settings = self.settings
         return torch.optim.AdamW(
             [p for p in parameters if p.requires_grad],
-            lr=lr or settings["lr"],
+            lr=settings["lr"] if lr is None else lr,
             betas=tuple(settings["betas"]),
             weight_decay=settings["weight_decay"],
         )

@@ -7,12 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from ldm.applications.release import Release, bids_suffixes, conditions_from, read_audit, read_evaluation
+from ldm.applications.release import (
+    Release,
+    bids_suffixes,
+    check_model,
+    conditions_from,
+    read_audit,
+    read_evaluation,
+)
 from ldm.applications.release.claims import Claims, born
 from ldm.applications.release.files import gzipped, read_sums
 from ldm.applications.release.work import worker_share
@@ -254,6 +262,34 @@ def test_a_missing_or_failed_audit_stops(tmp_path):
     assert record["statement"] == "Nothing found."
 
 
+def test_an_audit_of_images_that_were_drawn_otherwise_does_not_serve(tmp_path, model):
+    drawn = {"sampler": "ddim", "num_inference_steps": 20, "guidance_interval": None}
+    path, sha = audit_file(tmp_path, protocol={"sampling": drawn}), "a" * 64
+    assert read_audit(path, sha, None, drawn)["drawn_otherwise"] is None
+    with pytest.raises(LdmError, match=r"num_inference_steps 20 there, 5 here.*ldm audit"):
+        read_audit(path, sha, None, drawn | {"num_inference_steps": 5})
+    record = read_audit(path, sha, "only a test here", drawn | {"num_inference_steps": 5})
+    Release(tiny_plan(model, 1, audit=record), 1, tmp_path / "out").run()
+    card = (tmp_path / "out/model_card.md").read_text()
+    assert "drawn otherwise (num_inference_steps 20 there, 5 here)" in card
+    assert "only a test here" in card
+
+
+def test_damaged_checksums_are_made_again(tmp_path, model):
+    Release(tiny_plan(model, N), N, tmp_path).run()
+    whole = content(tmp_path)
+    for name, damage in (("SHA256SUMS", b"\x00\xff"), ("shard-0000/SHA256SUMS", b"not a digest\n")):
+        (tmp_path / name).write_bytes(damage)
+        Release(tiny_plan(model, N), N, tmp_path).run()
+        assert content(tmp_path) == whole
+
+
+def test_what_draws_no_images_by_diffusion_is_refused():
+    gan = SimpleNamespace(what="LSGAN", classes=None)
+    with pytest.raises(LdmError, match="this model is a LSGAN: use ldm sample"):
+        check_model(gan)
+
+
 def test_an_override_needs_words_and_is_recorded(tmp_path, model):
     sha = "a" * 64
     with pytest.raises(LdmError, match="say in words why"):
@@ -350,5 +386,5 @@ def test_release_through_the_command_line(ldm, model, place, tmp_path):
     code, text = ldm(*request, reason, "n=8", "covariates={age: [50, 60], sex: [F, M]}", "name=other")
     assert code
     assert "name was grid, is other" in text
-    assert "n is -3; legal: 1 to 999,999" in ldm(*request, "n=-3", reason)[1]
+    assert "n is -3; legal: 1 to 999,999, as a whole number" in ldm(*request, "n=-3", reason)[1]
     assert ldm(*request, "n=1", reason, "license=null")[1].count("license is missing")

@@ -50,7 +50,7 @@ def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_
         (("data.intensity.upper=200",), "prepared otherwise (intensity"),
         (("synthetic=made",), "no images sub-*.png"),
         (("synthetic=nowhere",), "is no folder"),
-        (("planted=0",), "planted is 0"),
+        (("planted=0",), "planted must be a whole number of at least 1"),
     ):
         code, text = ldm("audit", *ASKED, "synthetic=drawn", *overrides)
         assert code == 1

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.commands.audit import NOT_PASSED
 from ldm.commands.compare import read_entries
 from ldm.commands.main import main
 from ldm.commands.sample import expect_known_options
@@ -117,6 +118,10 @@ def test_the_same_command_goes_on(trained, ldm):
     code, text = ldm("train-gan", *common, "run_dir=again", "trainer.max_steps=5", "gan.network.latent_dim=4")
     assert code
     assert "another configuration" in text
+    wider = "data.covariates={kind: {kind: categorical}, side: {kind: continuous, range: [0, 99]}}"
+    code, text = ldm("train-gan", *common, wider, "run_dir=again", "trainer.max_steps=5")
+    assert code
+    assert "covariates" in text
     code, text = ldm(
         "train-gan", *common, "run_dir=new", "trainer.max_steps=1", "gan.discriminator.channels=[8,8,8,8,8]"
     )
@@ -161,6 +166,47 @@ def test_a_report_has_what_the_model_can(trained, ldm, tmp_path):
         page = (tmp_path / name / "report.html").read_text()
         assert f"Generated images of made, by the {'VAE-GAN' if rebuilt else 'LSGAN'}: can they" in page
         assert ("reconstructed" in metrics["ms_ssim"]["sets"]) == rebuilt
+
+
+def test_a_gan_is_audited_as_any_model(trained, ldm, tmp_path):
+    runs, common = trained
+    small = ("matcher.network.channels=[8,16]", "trainer.max_steps=2", "trainer.val_every=2", "run_dir=matcher")
+    code, text = ldm("train-matcher", *common, *small)
+    assert not code, text
+    request = ("audit", *common, f"model={runs}/lsgan/model.safetensors", "matcher_path=matcher/model.safetensors")
+    code, text = ldm(*request, "n=6", "planted=3", "flip_axes=0", "run_dir=audit")
+    assert code in (0, NOT_PASSED), text
+    found = json.loads((tmp_path / "audit/audit.json").read_text())
+    assert set(found["spaces"]) == {"features"}  # a GAN has no latents of images
+    assert found["model_sha256"] == read_header(runs / "lsgan/model.safetensors")["tensors_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "n=0"), "n must be a whole number of at least 1, got 0"),
+        (("evaluate", "n=1e1"), "n must be a whole number of at least 1, got 10.0"),
+        (("evaluate", "goals=3"), "goals is 3; legal: {key: value, ...}, or null"),
+        (("compare", "models=lsgan"), "models is 'lsgan'; legal: {key: value, ...}"),
+        (("audit", "planted=0"), "planted must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(trained, ldm, arguments, message):
+    runs, common = trained
+    code, text = ldm(arguments[0], *common, f"model={runs}/lsgan/model.safetensors", "run_dir=refused", *arguments[1:])
+    assert code
+    assert message in text
+
+
+def test_no_more_samples_are_repeated_than_there_are(trained, ldm, tmp_path):
+    runs, common = trained
+    model = f"model={runs}/lsgan/model.safetensors"
+    code, text = ldm("evaluate", *common, model, "n=3", "repeats=5", "features=null", "run_dir=few")
+    assert not code, text
+    metrics = json.loads((tmp_path / "few/metrics.json").read_text())
+    assert metrics["n"] == {"held_out": 20, "samples": 3, "repeats": 3}
+    assert metrics["diversity"]["samples, same covariates"]["rms"]["n"] == 3
+    assert "distances" not in metrics
 
 
 def test_the_table_has_every_row_and_measures_each_once(trained, ldm, tmp_path):

@@ -14,7 +14,7 @@ from ldm.evaluation.fidelity import ImageSet, Pairs, _correlation, fidelity, sha
     [(9, 10, (0.5958, 0.9821)), (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (50, 100, (0.4038, 0.5962))],
 )
 def test_wilson_against_published_intervals(successes, n, interval):
-    assert wilson(successes, n) == pytest.approx(interval, abs=1e-4)
+    assert wilson(successes / n, n) == pytest.approx(interval, abs=1e-4)
 
 
 def test_levels_are_counted_by_what_was_asked():
@@ -27,11 +27,25 @@ def test_levels_are_counted_by_what_was_asked():
         "a": (0.75, 4),
         "b": (0.5, 2),  # c was never asked for
     }
-    assert result["levels"]["a"]["interval"] == wilson(3, 4)
+    assert result["levels"]["a"]["interval"] == wilson(3 / 4, 4)
     with pytest.raises(LdmError, match="'bb' is no level. Did you mean 'b'"):
         level_agreement(["a"], ["bb"], ("a", "b"))
     with pytest.raises(LdmError, match="they must be pairs"):
         level_agreement(["a"], [], ("a", "b"))
+
+
+def test_images_of_one_subject_are_worth_less_than_as_many_of_several():
+    """Ten subjects of eight images that are right or wrong together tell as much as ten images."""
+    found = [level for level in "aaaaaaaabb" for _ in range(8)]
+    subjects = [subject for subject in range(10) for _ in range(8)]
+    together = level_agreement(["a"] * 80, found, ("a", "b"), subjects)
+    assert together["interval"] == pytest.approx(wilson(0.8, 10))
+    assert level_agreement(["a"] * 80, found, ("a", "b"))["interval"] == pytest.approx(wilson(0.8, 80))
+    shuffled = list(np.random.default_rng(0).permutation(subjects))
+    low, high = level_agreement(["a"] * 80, found, ("a", "b"), shuffled)["interval"]
+    assert high - low < 0.7 * np.ptp(together["interval"])
+    certain = level_agreement(["a"] * 80, ["a"] * 80, ("a", "b"), subjects)
+    assert certain["interval"] == pytest.approx(wilson(1.0, 10))
 
 
 def test_agreement_is_that_of_the_line_and_its_intervals_narrow():

@@ -29,7 +29,13 @@ from ldm.evaluation.distances import (
     principal_directions,
 )
 from ldm.evaluation.features import MedicalNetFeatures, check_features, extract, find_features
-from ldm.evaluation.folders import SYNTHETIC, folder_distances
+from ldm.evaluation.folders import (
+    SYNTHETIC,
+    folder_distances,
+    halves_by_subject,
+    image_references,
+    subject_of,
+)
 from ldm.evaluation.goals import NOT_MEASURED, realism
 from tests.model.test_predictor import predictor
 from tests.model.test_transfer import AGE, model
@@ -270,6 +276,20 @@ def folders(tmp_path):
     np.savez(tmp_path / "synthetic" / "drawn.npz", images=(255 * stack).astype(np.uint8))
     (tmp_path / "synthetic" / "readme.txt").write_text("no image")
     return tmp_path / "real", tmp_path / "synthetic"
+
+
+def test_masks_and_mosaics_are_no_images_and_a_person_is_in_one_half(tmp_path):
+    for name in ("sub-01_ses-1_T1w.nii.gz", "sub-01_dseg.nii.gz", "mosaic.png", "sub-02_mask.png", "sub-03.png"):
+        (tmp_path / name).touch()
+    found = image_references(tmp_path, None)
+    assert [Path(ref).name for ref in found] == ["sub-01_ses-1_T1w.nii.gz", "sub-03.png"]
+    refs = [f"sub-{i:02}_ses-{k}_T1w.nii.gz" for i in range(9) for k in range(2)] + ["scan_a.png", "scan_b.png"]
+    halves = halves_by_subject(refs, 0)
+    assert sorted([*halves[0], *halves[1]]) == sorted(refs)
+    whose = [{subject_of(ref) for ref in half} for half in halves]
+    assert not whose[0] & whose[1]
+    assert abs(len(whose[0]) - len(whose[1])) <= 1
+    assert subject_of("scan_a.png") != subject_of("scan_b.png")
 
 
 def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkeypatch):

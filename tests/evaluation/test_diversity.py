@@ -16,10 +16,23 @@ from ldm.evaluation.repeats import resampled_subjects
 from ldm.model.segmenter import Segmenter, build_segmenter
 
 
-def test_nearest_pairs_are_nearest_in_standardised_covariates():
-    codes = np.array([[0.0, 0.0], [0.001, 0.0], [0.0, 1.0], [0.0, np.nan], [0.001, 1.0]])
-    assert (0, 1) in nearest_pairs(codes)
-    assert (2, 4) in nearest_pairs(codes)
+def test_nearest_pairs_are_nearest_in_standardised_covariates_and_of_different_subjects():
+    schema = CovariateSchema(
+        [
+            Covariate("age", "continuous", "years", (0.0, 100.0)),
+            Covariate("site", "categorical", levels=("a", "b", "c")),
+            Covariate("weight", "continuous", "kg", (0.0, 100.0)),
+        ]
+    )
+    rows = [{"age": 50, "site": "a"}, {"age": 51, "site": "a"}, {"age": 50, "site": "c"}, {"age": 51, "site": "c"}, {}]
+    assert nearest_pairs(schema, rows, list("abcde"))[0] == (0, 1)  # nobody's weight is known
+    assert (2, 3) in nearest_pairs(schema, rows, list("abcde"))
+    # of one person's two scans each has another partner; levels have no order: c is as far from a as b is
+    sessions = nearest_pairs(schema, rows, list("aabcd"))
+    assert (0, 1) not in sessions
+    levels = [{"age": 50, "site": "a"}, {"age": 60, "site": "b"}, {"age": 50, "site": "c"}]
+    assert nearest_pairs(schema, levels, list("abc"))[0] == (0, 2)
+    assert nearest_pairs(schema, rows, ["a"] * 5) == []
 
 
 def test_copies_have_no_spread():

@@ -124,6 +124,22 @@ def test_the_kernel_interval_holds_the_true_distance():
     assert 0.87 <= covered / 200 <= 0.98
 
 
+def test_intervals_are_over_subjects():
+    """Five copies of every image tell no more than the images: the interval must not become narrower by them."""
+    a, b = gaussian(40, 2, seed=1), gaussian(50, 2, shift=0.5, seed=2)
+    many = np.repeat(a, 5, axis=0), np.repeat(b, 5, axis=0)
+    whose = np.repeat(np.arange(40), 5), np.repeat(np.arange(50), 5)
+    for interval, places in ((kernel_interval, {}), (frechet_interval, {"resamples": 400})):
+        names = ("whose_a", "whose_b")
+        once = np.ptp(interval(a, b, **places))
+        together = np.ptp(interval(*many, **dict(zip(names, whose, strict=True)), **places))
+        apart = np.ptp(interval(*many, **places))
+        assert together == pytest.approx(once, rel=0.15)
+        assert apart < 0.6 * once
+    with pytest.raises(LdmError, match="needs 3 of them"):
+        kernel_interval(*many, np.zeros(200), whose[1])
+
+
 def test_the_gaussian_kernel_grows_with_the_shift_and_takes_a_bandwidth():
     a = gaussian(100)
     values = [mmd(a, gaussian(100, shift=shift, seed=1), bandwidth=2.0) for shift in (0.0, 0.5, 1.0)]

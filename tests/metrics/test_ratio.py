@@ -103,6 +103,20 @@ def test_all_images_of_a_subject_are_left_out_together():
     assert widths[1] > 1.2 * widths[0]  # three images of one person are not three people
 
 
+def test_two_scans_of_one_person_are_in_one_half():
+    """In both halves they would make a half as good as the whole, and the distance would keep its bias."""
+    rng, whose = np.random.default_rng(7), np.repeat(np.arange(60), 2)
+    reference, real, samples = (np.repeat(gaussian(rng, 60, 2, s), 2, axis=0) for s in (0.0, 0.6, 0.9))
+    apart, mixed = numbered(whose, 120) % 2, np.arange(120) % 2
+    biased = extrapolated(real, reference, mixed, mixed)
+    assert biased == pytest.approx(frechet_distance(real, reference), rel=0.02)  # no correction
+    free = {name: extrapolated(one, reference, apart, apart) for name, one in (("real", real), ("samples", samples))}
+    assert free["real"] < 0.98 * biased
+    found = frechet_ratios(reference, {"real": real, "samples": samples}, "real", whose, whose)
+    assert found["method"] == EXTRAPOLATED
+    assert found["ratios"]["samples"]["value"] == pytest.approx(free["samples"] / free["real"])
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(LdmError, match="sets of one size"):
         frechet_ratios(np.zeros((9, 2)), {"real": np.zeros((5, 2)), "x": np.zeros((6, 2))}, "real")

@@ -14,7 +14,7 @@ def train(tmp_path, monkeypatch):
     """Validate once a score, as training would; returns after how many it was stopped, or None."""
 
     def run(scores, patience):
-        case = Case("a", "a", np.zeros((1, 2, 2)), np.zeros((2, 2)))
+        case = Case("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
         panels = SegmentationPanels(tmp_path, [case], 1, 1, patience=patience)
         strategy = SimpleNamespace(broadcast=lambda value: value)
         trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, should_stop=False)

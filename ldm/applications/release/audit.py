@@ -5,6 +5,7 @@ its evaluation.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,23 +15,29 @@ from ldm.applications.release.conditions import check_text
 from ldm.applications.release.files import sha256
 from ldm.errors import LdmError
 
+logger = logging.getLogger(__name__)
+
 LIMIT = 64 << 20  # bytes of such a file
 WORDS = 4000  # characters of its statement
 
 
-def read_audit(path: Path | None, model_sha256: str, reason: str | None = None) -> dict[str, Any]:
+def read_audit(
+    path: Path | None, model_sha256: str, reason: str | None = None, sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a release says about the audit of its model.
 
     Args:
         path: what ``ldm audit`` wrote: JSON with ``passed``, ``model_sha256`` and ``statement``; None for none.
         model_sha256: hash of the model's tensors, from its header.
         reason: why a release goes out without a passed audit; None if it does not.
+        sampling: all options that the release is drawn with; None where that does not matter.
 
     Returns:
         ``passed`` (None without an audit), ``statement``, ``sha256`` of the file, ``released_without_audit``.
 
     Raises:
-        LdmError: no audit, a failed one or one of another model; a reason where none is needed.
+        LdmError: no audit, a failed one, or one of another model or of images that were drawn otherwise; a reason
+            where none is needed.
     """
     if reason is not None:
         reason = check_text(str(reason), "release_without_audit", WORDS)
@@ -43,12 +50,28 @@ def read_audit(path: Path | None, model_sha256: str, reason: str | None = None) 
                 "To release without one, give the reason: 'release_without_audit=\"...\"'."
             )
         return {"passed": None, "statement": None, "sha256": None, "released_without_audit": reason}
-    record = _read(Path(path), model_sha256)
+    record, drawn = _read(Path(path), model_sha256)
+    differing = None if sampling is None else _differing(drawn, sampling)
+    if differing and reason is None:
+        raise LdmError(
+            f"audit={path} is of images that were drawn otherwise than this release will be ({differing}). Run `ldm "
+            "audit` with the same sampling settings, or give the reason: 'release_without_audit=\"...\"'."
+        )
     if not record["passed"] and reason is None:
         raise LdmError(f"audit={path}: the audit of this model failed: {record['statement']}")
-    if record["passed"] and reason is not None:
+    if record["passed"] and not differing and reason is not None:
         raise LdmError("release_without_audit is set, but the audit passed: leave the reason out.")
-    return {**record, "released_without_audit": reason}
+    return {**record, "drawn_otherwise": differing, "released_without_audit": reason}
+
+
+def _differing(audited: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str | None:
+    """In words how the audited images were drawn otherwise; None where they were not, or nobody knows."""
+    if audited is None:
+        logger.warning("The audit does not say how its images were drawn; the model card says nothing of it either.")
+        return None
+    asked = json.loads(json.dumps(asked))
+    names = [name for name in asked if audited.get(name) != asked[name]]
+    return "; ".join(f"{name} {audited.get(name)} there, {asked[name]} here" for name in names) or None
 
 
 def read_evaluation(path: Path | None, model_sha256: str) -> dict[str, Any] | None:
@@ -79,13 +102,15 @@ def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield check_text(name, "evaluation: a name"), content
 
 
-def _read(path: Path, model_sha256: str) -> dict[str, Any]:
+def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """What is said of an audit, and the sampling options of its images."""
     content, digest = _read_json(path, "audit", "ldm audit", model_sha256)
     for key, kind in {"passed": bool, "statement": str}.items():
         if not isinstance(content.get(key), kind):
             raise LdmError(f"audit={path}: '{key}' is missing or no {kind.__name__}; it is no audit.json.")
     statement = check_text(" ".join(content["statement"].split()), f"audit={path}: statement", WORDS)
-    return {"passed": content["passed"], "statement": statement, "sha256": digest}
+    drawn = content.get("protocol", {}).get("sampling")
+    return {"passed": content["passed"], "statement": statement, "sha256": digest}, drawn
 
 
 def _read_json(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict[str, Any], str]:

@@ -139,6 +139,12 @@ def audit_statement(plan: Plan) -> str:
             f"The model FAILED its audit for memorisation: {audit['statement']} It was released all the same. Reason "
             f"given: {audit['released_without_audit']}"
         )
+    if audit.get("drawn_otherwise"):
+        return (
+            f"The audit of the model for memorisation passed ({audit['statement']}), but on images that were drawn "
+            f"otherwise ({audit['drawn_otherwise']}). It was released all the same. Reason given: "
+            f"{audit['released_without_audit']}"
+        )
     return f"Audit of the model for memorisation, passed: {audit['statement']}"
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ SUMS = "SHA256SUMS"
 COMPRESSION = "zlib, level 1"
 _LEVEL = 1  # float voxels hold noise in their low bits, which no level makes smaller
 _CHUNK = 1 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
 # RFC 1952, section 2.3: magic, deflate, no flags (so no file name), time 0, no hint, unknown system
 _GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 
@@ -104,13 +106,13 @@ def sums(digests: Mapping[str, str]) -> bytes:
 
 
 def read_sums(path: Path) -> dict[str, str] | None:
-    """Invert :func:`sums`; None where there is no such file."""
+    """Invert :func:`sums`; None where there is no such file, or one that is damaged."""
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
+        pairs = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, UnicodeDecodeError):
         return None
-    pairs = (line.split("  ", 1) for line in lines)
-    return {name: digest for digest, name in pairs}
+    whole = all(_DIGEST.fullmatch(digest) and name for digest, _, name in pairs)
+    return {name: digest for digest, _, name in pairs} if whole else None
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from ldm import __version__
 from ldm.applications.release.conditions import CELL, Conditions, check_text
 from ldm.applications.release.files import COMPRESSION, SUMS, as_json, sha256, write_whole
 from ldm.errors import LdmError
+from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.precision import resolve
 
@@ -76,7 +77,7 @@ class Plan:
                 raise LdmError(f"{key} is {getattr(self, key)}; legal: 1 or more.")
         check_text(str(self.name), "name")
         check_text(str(self.license), "license")
-        _check_model(self.model)
+        check_model(self.model)
         self._try_conditions()  # an illegal option is found before the first volume
 
     def _try_conditions(self) -> None:
@@ -119,8 +120,8 @@ def check_count(n: int) -> int:
     Raises:
         LdmError: it is not.
     """
-    if not 1 <= n <= MOST:
-        raise LdmError(f"n is {n}; legal: 1 to {MOST:,}.")
+    if not isinstance(n, int) or not 1 <= n <= MOST:
+        raise LdmError(f"n is {n!r}; legal: 1 to {MOST:,}, as a whole number.")
     return n
 
 
@@ -192,7 +193,15 @@ def _suffix_of(channel: str, template: str | None) -> str | None:
     return next((by_name[name.casefold()] for name in names if name.casefold() in by_name), None)
 
 
-def _check_model(model: LatentDiffusionModel) -> None:
+def check_model(model: Generative) -> None:
+    """Refuse what a release cannot be made of.
+
+    Raises:
+        LdmError: it is no diffusion model of images, is 2-D, has no hash, or has covariates with names of columns.
+    """
+    if not isinstance(model, LatentDiffusionModel) or model.classes is not None:
+        what = f"is a {model.what}" if model.classes is None else "generates label maps"
+        raise LdmError(f"A release is drawn from a diffusion model of images, and this model {what}: use ldm sample.")
     if model.preprocessing.spatial_dims != 3:
         raise LdmError("A release holds NIfTI volumes, and this model draws 2-D images: use ldm sample.")
     if "tensors_sha256" not in model.header:

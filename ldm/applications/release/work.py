@@ -344,8 +344,8 @@ class Release:
         if not self.claims.take("verify"):
             logger.warning("%s is complete, and another process is verifying it.", self.out)
             return
-        root = read_sums(self.out / SUMS)
-        sound = all(file_sha256(self.out / name) == digest for name, digest in root.items())
+        root = read_sums(self.out / SUMS) or {}
+        sound = bool(root) and all(file_sha256(self.out / name) == digest for name, digest in root.items())
         for shard in self.shards:
             digests = read_sums(shard.folder / SUMS) or {}
             if not digests or not self._is_sound(shard, digests):
