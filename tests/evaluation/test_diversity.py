@@ -30,8 +30,9 @@ def test_nearest_pairs_are_nearest_in_standardised_covariates_and_of_different_s
     # of one person's two scans each has another partner; levels have no order: c is as far from a as b is
     sessions = nearest_pairs(schema, rows, list("aabc"))
     assert (0, 1) not in sessions
-    levels = [{"age": 50, "site": "a"}, {"age": 60, "site": "b"}, {"age": 50, "site": "c"}]
-    assert nearest_pairs(schema, levels, list("abc"))[0] == (0, 2)
+    ages, sites = (50, 51, 50, 80), "abca"
+    levels = [{"age": age, "site": site} for age, site in zip(ages, sites, strict=True)]
+    assert (0, 2) in nearest_pairs(schema, levels, list("abcd"))
     assert nearest_pairs(schema, rows, ["a"] * 4) == []
 
 
