@@ -7,9 +7,10 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from ldm.data.geometry import Geometry, check_shape, smallest_shape
+from ldm.data.geometry import Geometry, _antialiased, _first_centre, _resampled, check_shape, smallest_shape
 from ldm.errors import LdmError
 
 
@@ -142,3 +143,50 @@ def test_illegal_settings_say_what_is_legal() -> None:
             Geometry.plan((4, 4, 4), np.eye(4), orientation)
     with pytest.raises(LdmError, match="spacing_mm"):
         Geometry.plan((4, 4, 4), np.eye(4), "RAS", (1.0, 0.0, 1.0))
+
+
+def of_largest_share(labels, shape, ratio):
+    """Every label resampled over the whole grid, in float64; and by how much the largest share wins."""
+    offset = [_first_centre(old, new, r) for old, new, r in zip(labels.shape, shape, ratio, strict=True)]
+    values = np.unique(labels)
+    shares = np.stack(
+        [
+            ndimage.affine_transform(
+                _antialiased((labels == value).astype(np.float64), ratio),
+                np.array(ratio),
+                offset,
+                shape,
+                order=1,
+                mode="nearest",
+            )
+            for value in values
+        ]
+    )
+    ordered = np.sort(shares, axis=0)
+    return values[shares.argmax(0)], ordered[-1] - ordered[-2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "ratio"),
+    [
+        ((64, 60), (32, 30), (2.0, 2.0)),
+        ((40, 41, 30), (50, 49, 21), (0.8, 0.83, 1.43)),
+        ((21, 30), (42, 60), (0.5, 0.5)),
+    ],
+)
+def test_a_label_map_takes_the_label_of_the_largest_share(old, new, ratio):
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(5, *old)), [0] + [2.5] * len(old))
+    labels = noise.argmax(0).astype(np.uint8)
+    expected, lead = of_largest_share(labels, new, ratio)
+    found = _resampled(labels[None], new, ratio, labels=True)[0]
+    np.testing.assert_array_equal(found[lead > 1e-3], expected[lead > 1e-3])
+
+
+def test_a_label_map_at_half_the_size_does_not_move():
+    """The nearest of two pixels as near would always be the one on the same side."""
+    rows, columns = np.indices((128, 128))
+    disc = ((rows - 60.3) ** 2 + (columns - 70.8) ** 2 < 15**2).astype(np.uint8)
+    half = _resampled(disc[None], (64, 64), (2.0, 2.0), labels=True)
+    back = _resampled(half, (128, 128), (0.5, 0.5), labels=True)[0]
+    np.testing.assert_allclose(np.argwhere(back).mean(0), np.argwhere(disc).mean(0), atol=0.1)
+    assert back.sum() == pytest.approx(disc.sum(), rel=0.03)
