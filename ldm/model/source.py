@@ -47,7 +47,7 @@ class Source:
             return cls(preprocessing, own, geometry)
         first = next(iter(image.values())) if isinstance(image, Mapping) else image
         record = Record(f"fill={fill}", "", {"image": str(first)}, fill, {}, "")
-        on_model = preprocessing.load_labels(record) != 0  # (*S), the nearest voxel
+        on_model = preprocessing.load_labels(record) != 0  # (*S)
         region = images.read(fill, spatial_dims=preprocessing.spatial_dims).array[0] != 0  # (*file)
         if not on_model.any():
             left = "marks no voxel" if not region.any() else "marks nothing that is left on the model's grid"
