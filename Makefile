@@ -8,9 +8,12 @@ ARGS ?=
 VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights train-classifier sample release edit segment \
   detect evaluate compare audit
 
+ANOMALY = $(LDM) detect experiment=demo_anomaly/demo intensity_channel=FLAIR steps=25 batch_size=32
+ANOMALY_SWEEP = tune=true "sweep.levels=[280,400]"
+
 SEGMENTATION = runs/demo_segmentation/simulated_tumour_slices
 
-.PHONY: help setup demo demo-segmentation $(VERBS) test lint clean
+.PHONY: help setup demo demo-segmentation demo-anomaly $(VERBS) test lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +45,16 @@ demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusio
 	$(LDM) segment experiment=demo_segmentation/demo model=$(SEGMENTATION)/segmenter/model.safetensors evaluate=true out=$(SEGMENTATION)/peer
 	$(LDM) segment experiment=demo_segmentation/demo evaluate=true "beside={U-Net: $(SEGMENTATION)/peer}"
 	@echo "Report: $(CURDIR)/$(SEGMENTATION)/segmentation/report.html"
+
+demo-anomaly: $(VENV)/.installed ## simulated tumours found without masks, by two ways of guidance: at most 15 minutes on 2 CPU cores
+	$(LDM) check experiment=demo_anomaly/demo
+	$(LDM) train-ldm experiment=demo_anomaly/demo
+	$(LDM) train-classifier experiment=demo_anomaly/demo
+	$(ANOMALY) $(ANOMALY_SWEEP) "sweep.scales=[30,100]" out=runs/demo_anomaly/tuning
+	$(ANOMALY) out=runs/demo_anomaly/detection
+	$(ANOMALY) guide=free $(ANOMALY_SWEEP) "sweep.scales=[2,4]" out=runs/demo_anomaly/tuning_free
+	$(ANOMALY) guide=free out=runs/demo_anomaly/detection_free
+	@echo "Numbers: $(CURDIR)/runs/demo_anomaly/detection/metrics.md, and of detection_free; pictures: panel.png beside them"
 
 $(VERBS): $(VENV)/.installed ## the verbs, with ARGS="key=value ..."
 	$(LDM) $@ $(ARGS)

@@ -14,7 +14,7 @@ STUDIES = {
     "brain_mri/simulated": (1, [80, 96, 80]),
     "demo/demo": (1, [48, 56, 48]),
     "demo_anomaly/demo": (4, None),
-    "demo_anomaly/window": (4, None),
+    "demo_anomaly/percentiles": (4, None),
     "hippocampus/mask": (1, [48, 64, 48]),
     "hippocampus/ours": (1, [48, 64, 48]),
     "lgg_anomaly/pixels": (3, [64, 64]),
