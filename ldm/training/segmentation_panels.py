@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,9 +74,16 @@ class SegmentationPanels(FigureCallback):
         self.patience, self.scores = patience, []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Count validations of earlier sessions too; a run that has stopped by itself does not go on."""
+        """Count validations of earlier sessions too; a run that has stopped by itself does not go on.
+
+        A run that starts anew in a folder that was used before knows nothing of what was there; its best model is moved
+        aside.
+        """
         path = self.folder.parent / "metrics.jsonl"
-        self.scores = [value for _, value in read_metrics(path).get(METRIC, [])] if path.is_file() else []
+        goes_on = module.step > 0 and path.is_file()
+        self.scores = [value for _, value in read_metrics(path).get(METRIC, [])] if goes_on else []
+        if not goes_on and self.best is not None and self.best.is_file():
+            os.replace(self.best, self.best.with_name("model-best-before.safetensors"))
         self._stop_when_stale(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:

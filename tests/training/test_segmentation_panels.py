@@ -13,12 +13,12 @@ from ldm.training.segmentation_panels import METRIC, Case, SegmentationPanels
 def train(tmp_path, monkeypatch):
     """Validate once a score, as training would; returns after how many it was stopped, or None."""
 
-    def run(scores, patience):
+    def run(scores, patience, step=1):
         case = Case("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
         panels = SegmentationPanels(tmp_path, [case], 1, 1, patience=patience)
         strategy = SimpleNamespace(broadcast=lambda value: value)
         trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, should_stop=False)
-        panels.on_train_start(trainer, None)
+        panels.on_train_start(trainer, SimpleNamespace(step=step))
         for count, score in enumerate(scores, 1):
             if trainer.should_stop:
                 return count - 1
@@ -46,3 +46,18 @@ def test_without_patience_nothing_stops_it(train):
 def test_a_run_that_has_stopped_by_itself_does_not_go_on(train):
     assert train([0.5, 0.4, 0.3], patience=2) == 3
     assert train([0.9], patience=2) == 0
+    assert train([0.9], patience=2, step=0) is None  # started anew in the same folder
+
+
+def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
+    run = tmp_path / "run"
+    (run / "figures").mkdir(parents=True)
+    (run / "model-best.safetensors").write_bytes(b"of before")
+    case = Case("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
+    for step, there in ((5, True), (0, False)):
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 0, METRIC: 0.9}) + "\n")
+        panels = SegmentationPanels(run, [case], 1, 1, keep_best=True)
+        panels.on_train_start(SimpleNamespace(), SimpleNamespace(step=step))
+        assert (run / "model-best.safetensors").is_file() == there
+        assert len(panels.scores) == there
+    assert (run / "model-best-before.safetensors").read_bytes() == b"of before"
