@@ -35,7 +35,9 @@ from ldm.diffusion.prediction import Denoise
 from ldm.diffusion.samplers import ddim, ddim_encode, ddpm
 from ldm.diffusion.schedule import Grid
 from ldm.errors import LdmError
+from ldm.model.build import PIXELS
 from ldm.model.classifier import Classifier
+from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.precision import autocast
 
@@ -120,6 +122,7 @@ class Detector:
         healthy: its level that means healthy.
         classifier: of the model's noisy latents; for ``guide=classifier``.
         precision: ``auto``, ``bf16`` or ``float32`` of the diffusion model.
+        rebuilder: the first stage whose reconstructions are compared; None for that of the model.
 
     Raises:
         LdmError: the classifier is of other latents or another schedule.
@@ -132,11 +135,19 @@ class Detector:
         healthy: str,
         classifier: Classifier | None = None,
         precision: str = "auto",
+        rebuilder: FirstStage | None = None,
     ) -> None:
         if classifier is not None:
             classifier.expect_space_of(model)
         self.model, self.target, self.healthy = model, target, healthy
-        self.classifier, self.precision = classifier, precision
+        self.classifier, self.precision, self.rebuilder = classifier, precision, rebuilder
+        if rebuilder is not None:
+            rebuilder.network.to(model.device)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether :meth:`reconstructions` differ from the images; in pixel space they do not."""
+        return self.rebuilder is not None or self.model.header["first_stage"]["kind"] != PIXELS
 
     def check(self, options: DetectionOptions) -> None:
         """Refuse what the model cannot be asked, before any image is read.
@@ -243,7 +254,11 @@ class Detector:
         """Images ``(B, C, *S)`` through the first stage alone."""
         pixels = torch.as_tensor(np.asarray(images, np.float32)).to(self.model.device)
         with autocast(self.model.device, self.precision):
-            return self.model.decode(self.latents(pixels)).float().cpu().numpy()
+            if self.rebuilder is None:
+                rebuilt = self.model.decode(self.latents(pixels))
+            else:
+                rebuilt = self.rebuilder.network.decode(self.rebuilder.network.encode(pixels)[0])
+            return rebuilt.float().cpu().numpy()
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents ``(B, c, *s)`` of images ``(B, C, *S)``: the posteriors' means."""

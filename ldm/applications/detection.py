@@ -12,7 +12,6 @@ from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, ano
 from ldm.applications.cases import Case, Truth, load_case
 from ldm.data.draft import Record
 from ldm.files import write_npz
-from ldm.model.build import PIXELS
 
 STORED = "model_space"  # below the output folder: what was computed, so that an interrupted run goes on
 
@@ -67,9 +66,8 @@ def comparison_of(detector: Detector, options: DetectionOptions, level: float | 
         smoothing=options.smoothing,
         score=options.score,
     )
-    in_pixels = detector.model.header["first_stage"]["kind"] == PIXELS
     guided = options.guide != "none"
-    return Comparison(noising if guided else None, round_trip=guided, reconstruction=not in_pixels)
+    return Comparison(noising if guided else None, round_trip=guided, reconstruction=detector.rebuilds)
 
 
 def look_at(

@@ -22,7 +22,9 @@ from ldm.data.draft import Record
 from ldm.data.images import split_reference
 from ldm.diffusion.checks import check_choice
 from ldm.errors import LdmError
+from ldm.evaluation.instruments import unlike
 from ldm.model.classifier import Classifier
+from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 
@@ -62,7 +64,24 @@ def build_detector(config: DictConfig, model: LatentDiffusionModel) -> Detector:
         if config.target not in (None, target.name):
             raise LdmError(f"target is '{config.target}', but the classifier tells '{target.name}'.")
     healthy = find_healthy(target, None if config.healthy is None else str(config.healthy))
-    return Detector(model, target, healthy, classifier, config.precision)
+    return Detector(model, target, healthy, classifier, config.precision, find_rebuilder(config, model))
+
+
+def find_rebuilder(config: DictConfig, model: LatentDiffusionModel) -> FirstStage | None:
+    """The first stage ``reconstructed_by``, if one is named.
+
+    Raises:
+        LdmError: it was trained on another split, or on images that were prepared otherwise.
+    """
+    if config.reconstructed_by is None:
+        return None
+    found = FirstStage.load(require_file(config.reconstructed_by, "first stage", "train-vae"))
+    key = unlike(found.preprocessing.to_dict(), model.preprocessing.to_dict())
+    if key is not None:
+        raise LdmError(f"reconstructed_by={config.reconstructed_by}: was trained on images with another {key}.")
+    if found.facts.get("split_sha256") != model.header["split_sha256"]:
+        raise LdmError(f"reconstructed_by={config.reconstructed_by}: was trained on another split than the model.")
+    return found
 
 
 def classifier_sha256(detector: Detector) -> str | None:
@@ -154,6 +173,7 @@ def request(
         "model_sha256": model.header["tensors_sha256"],
         "simulated_training_data": model.header.get("simulated", False),
         "classifier_sha256": classifier_sha256(detector),
+        "reconstructed_by_sha256": None if detector.rebuilder is None else detector.rebuilder.sha256,
         "target": detector.target.name,
         "healthy": detector.healthy,
         "options": {**asdict(options), "level": detector.level(options)},

@@ -120,6 +120,23 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     assert metrics["sanity"] == {}
     assert metrics["protocol"]["split"] == "valid"
 
+    # a model without a first stage can be compared with one that has been trained on the same images
+    code, text = ldm(
+        "train-vae",
+        *(item for item in common if not item.startswith("vae=")),
+        "vae.network={channels: [8,8], attention_levels: [false,false], norm_num_groups: 8}",
+        "vae.loss={perceptual_weight: 0, adversarial_weight: 0}",
+        "trainer.max_steps=2",
+        "run_dir=vae",
+    )
+    assert not code, text
+    code, text = ldm(*request, "split=valid", "out=rebuilt", "reconstructed_by=vae/model.safetensors")
+    assert not code, text
+    metrics = json.loads((tmp_path / "rebuilt/metrics.json").read_text())
+    assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", "intensity"}
+    code, text = ldm(*request, "out=refused", f"reconstructed_by={run}/ldm/model.safetensors")
+    assert code
+
     # a threshold of one channel is not one of another
     code, text = ldm(*request[:-1], "split=valid", "out=other_channel")
     assert not code, text
