@@ -563,8 +563,8 @@ def scale_axes(by_calls: Any, by_seconds: Any, calls: Sequence[int]) -> None:
 
 
 def draw_curves(axis: Any, rows: Sequence[Row], measure: str) -> None:
-    """A colour a sampler, a line style a spacing (dotted, solid, dashed, dash-dotted in the order of their list)."""
-    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-."), strict=True))
+    """A colour a sampler, a line style a spacing: dotted, solid, dashed, dash-dotted, long dashes, as they are listed."""
+    styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-.", (0, (8, 2))), strict=True))
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["sampler"] for row in rows}))}
     for name, spacing in itertools.product(colours, styles):
         curve = [row for row in rows if (row["sampler"], row["timestep_spacing"]) == (name, spacing)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.checks import check_choice, check_count
-from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, Schedule, chain, karras_levels
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, Schedule, chain, cubic_levels, karras_levels
 from ldm.errors import LdmError
 
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -72,18 +72,20 @@ class FlowSchedule(Schedule):
     def grid(self, num_inference_steps: int, timestep_spacing: str = "trailing") -> Grid:
         """Times 1 .. 0 spaced as `fractions` says, then shifted; "linspace" is what diffusers has for flow matching.
 
-        With "karras" the noise levels ``t / (1 - t)`` before the shift are `karras_levels` of t = 0.001 .. 0.999; the
-        first move starts at 1 all the same.
+        With "karras" the noise levels ``t / (1 - t)`` before the shift are `karras_levels` of t = 0.001 .. 0.999, with
+        "cubic" `cubic_levels`; the first move starts at 1 all the same.
         """
         times = [self._shifted(t) for t in self._unshifted(num_inference_steps, timestep_spacing)]
         return chain(times, [1 - t for t in times], times, end=0.0)
 
     def _unshifted(self, count: int, timestep_spacing: str) -> list[float]:
         times = fractions(count, timestep_spacing)
-        if timestep_spacing != "karras":
+        if timestep_spacing not in ("karras", "cubic"):
             return times
         least = 1 / TIME_SCALE / (1 - 1 / TIME_SCALE)
-        return [1.0, *(level / (1 + level) for level in karras_levels(least, 1 / least, count)[1:])]
+        spaced = cubic_levels if timestep_spacing == "cubic" else karras_levels
+        levels = spaced(least, 1 / least, count)
+        return [1.0, *(level / (1 + level) for level in levels[1:])]
 
     def _shifted(self, t: Any) -> Any:
         return self.shift * t / (self.shift * t + (1 - t))  # in this form exactly 1 at t = 1
@@ -149,17 +151,22 @@ class EDMSchedule(Schedule):
     def grid(self, num_inference_steps: int, timestep_spacing: str = "trailing") -> Grid:
         """Sigmas evenly spaced in ``sigma^(1 / rho)`` as `fractions` says; "linspace" is eq. 5 itself.
 
-        "karras" is "trailing" here: eq. 5 with one point more, the last of which is left out.
+        "karras" is "trailing" here: eq. 5 with one point more, the last of which is left out. "cubic" starts at the
+        largest sigma too, and goes on with those of `cubic_levels` that are below it.
         """
+        between = fractions(num_inference_steps, timestep_spacing, 0.0)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        sigmas = [(low + f * (high - low)) ** self.rho for f in fractions(num_inference_steps, timestep_spacing, 0.0)]
+        sigmas = [(low + f * (high - low)) ** self.rho for f in between]
+        if timestep_spacing == "cubic":
+            sigmas[1:] = cubic_levels(self.sigma_min, self.sigma_max, num_inference_steps)[1:]
         return chain(sigmas, [1.0] * len(sigmas), sigmas, end=0.0)
 
 
 def fractions(count: int, timestep_spacing: str, least: float = 1 / TIME_SCALE) -> list[float]:
     """Where N moves stand between data (0) and noise (1), noisiest first; the counterparts of the discrete spacings.
 
-    * ``"trailing"``: ``1 - k / N``, k = 0 .. N - 1. Starts at the noise. So does ``"karras"``, see the schedules.
+    * ``"trailing"``: ``1 - k / N``, k = 0 .. N - 1. Starts at the noise. So do ``"karras"`` and ``"cubic"``, see the
+      schedules.
     * ``"leading"``: the same less ``1 / N``, plus ``least``.
     * ``"linspace"``: N evenly spaced numbers, 1 and ``least`` included. N = 1 gives 1 alone.
 
@@ -173,7 +180,7 @@ def fractions(count: int, timestep_spacing: str, least: float = 1 / TIME_SCALE) 
     """
     check_count("num_inference_steps", count)
     check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-    if timestep_spacing in ("trailing", "karras"):
+    if timestep_spacing in ("trailing", "karras", "cubic"):
         return [1 - k / count for k in range(count)]
     if timestep_spacing == "leading":
         return [(count - 1 - k) / count + min(least, 1 / count) for k in range(count)]

@@ -34,7 +34,7 @@ DEFAULT_BETAS = {
     "cosine": (None, None),
     "sigmoid": (None, None),
 }
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "karras")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "karras", "cubic")
 KARRAS_RHO = 7.0  # Karras et al. 2022, appendix D.1
 
 #: A chain that starts from pure noise at a level with more signal than this is told so in the log.
@@ -134,14 +134,23 @@ def chain(times: Sequence[int | float], alpha: Sequence[float], sigma: Sequence[
     return Grid((*times, end), (*alpha, 1.0), (*sigma, 0.0))
 
 
-def karras_levels(low: float, high: float, count: int) -> list[float]:
-    """N noise levels sigma / alpha, from ``high`` towards ``low``, evenly spaced in their 7th root.
+def karras_levels(low: float, high: float, count: int, rho: float = KARRAS_RHO) -> list[float]:
+    """N noise levels sigma / alpha, from ``high`` towards ``low``, evenly spaced in their root, the 7th.
 
     Karras et al. 2022, eq. 5, with N + 1 points of which the last, ``low``, is left out: the last move goes from the
     one before to the data.
     """
-    start, end = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
-    return [(start + k / count * (end - start)) ** KARRAS_RHO for k in range(count)]
+    start, end = high ** (1 / rho), low ** (1 / rho)
+    return [(start + k / count * (end - start)) ** rho for k in range(count)]
+
+
+def cubic_levels(low: float, high: float, count: int) -> list[float]:
+    """N noise levels, evenly spaced in their cube root from 2 N towards 1 / (10 N), within ``low`` .. ``high``.
+
+    A few moves have none to spare for levels where next to nothing happens: N = 10 keeps to 20 .. 0.01. The range grows
+    with N, so that chains of many moves converge. Found on MedNIST: docs/sampling.md.
+    """
+    return karras_levels(max(low, 0.1 / count), min(high, 2.0 * count), count, rho=3.0)
 
 
 class Schedule(ABC):
@@ -308,6 +317,7 @@ class NoiseSchedule(Schedule):
         * ``"linspace"``: N evenly spaced times, T - 1 and 0 included, rounded. N = 1 gives t = 0 alone.
         * ``"karras"``: the times nearest to the noise levels sigma / alpha of `karras_levels`, each once. Starts at
           T - 1, and has more of its moves at little noise than the others.
+        * ``"cubic"``: the same with `cubic_levels`, for ten moves or so.
 
         Raises:
             LdmError: ``num_inference_steps`` outside 1 .. T, or an unknown spacing.
@@ -325,7 +335,9 @@ class NoiseSchedule(Schedule):
         elif timestep_spacing == "linspace":
             times = np.linspace(0, total - 1, count).round()[::-1]
         elif timestep_spacing == "karras":
-            times = self._karras_times(count)
+            times = self._nearest_times(karras_levels(*self._level_range, count))
+        elif timestep_spacing == "cubic":
+            times = self._nearest_times(cubic_levels(*self._level_range, count))
         else:
             # Cut to N: where rounding leaves the end of the range a hair above 0 (N = 61 of T = 1000, for
             # one), it has one element more, which in diffusers becomes a step at t = -1.
@@ -335,15 +347,23 @@ class NoiseSchedule(Schedule):
         abar = self._alphas_cumprod[times].tolist()
         return chain(times, [math.sqrt(value) for value in abar], [math.sqrt(1 - value) for value in abar], end=-1)
 
-    def _karras_times(self, count: int) -> list[int]:
-        last = self.num_train_timesteps - 1
-        log_levels = -0.5 * torch.logit(self._alphas_cumprod).numpy()  # of sigma / alpha, (T,)
-        if last and self.ends_in_pure_noise:  # whose level is infinite: the chain starts there all the same
+    @cached_property
+    def _log_levels(self) -> np.ndarray:
+        """Logarithm of sigma / alpha, (T,); pure noise, where it is infinite, counts like the time below."""
+        log_levels = -0.5 * torch.logit(self._alphas_cumprod).numpy()
+        if self.num_train_timesteps > 1 and self.ends_in_pure_noise:
             log_levels[-1] = log_levels[-2]
-        levels = karras_levels(*np.exp(log_levels[[0, -1]]), count)
-        times = [last]
-        for left, level in zip(range(count - 2, -1, -1), levels[1:], strict=True):
-            nearest = int(np.abs(log_levels - np.log(level)).argmin())
+        return log_levels
+
+    @property
+    def _level_range(self) -> tuple[float, float]:
+        return tuple(np.exp(self._log_levels[[0, -1]]))
+
+    def _nearest_times(self, levels: Sequence[float]) -> list[int]:
+        """Times of noise levels, noisiest first; the first is T - 1 whatever its level."""
+        times = [self.num_train_timesteps - 1]
+        for left, level in zip(range(len(levels) - 2, -1, -1), levels[1:], strict=True):
+            nearest = int(np.abs(self._log_levels - np.log(level)).argmin())
             times.append(max(min(nearest, times[-1] - 1), left))  # each once, and enough left for those to come
         return times
 

@@ -47,7 +47,7 @@ class SamplingOptions:
     Attributes:
         sampler: a name in :data:`ldm.diffusion.samplers.SAMPLERS`.
         num_inference_steps: moves of the chain; a network call each, two with ``heun``, times the conditions evaluated.
-        timestep_spacing: ``trailing``, ``leading``, ``linspace`` or ``karras``, see the schedule's ``grid``.
+        timestep_spacing: ``trailing``, ``leading``, ``linspace``, ``karras`` or ``cubic``, see the schedule's ``grid``.
         guidance_scale: 1 is the conditional model itself; larger exaggerates the condition. A mapping such as
             ``{"age": 2.0, "mask": 1.5}`` gives covariates or conditioners scales of their own, 1 where none is given:
             ``eps = eps(c) + sum_k (s_k - 1) (eps(c) - eps(c without k))``.

@@ -177,6 +177,19 @@ def test_karras_levels_of_pure_noise_begin_there():
     assert edm.grid(5, "karras") == edm.grid(5, "trailing")
 
 
+def test_cubic_levels_are_those_where_ten_moves_are_worth_it():
+    """From 20 to 0.01 in their cube root, whatever the schedule; from pure noise; the range grows with the moves."""
+    expected = [(20 ** (1 / 3) * (1 - k / 10) + 0.01 ** (1 / 3) * k / 10) ** 3 for k in range(1, 10)]
+    for schedule, accuracy in ((FlowSchedule(), 1e-9), (EDMSchedule(), 1e-9), (NoiseSchedule(), 0.03)):
+        grid = schedule.grid(10, "cubic")
+        found = [sigma / alpha for alpha, sigma in zip(grid.alpha[1:-1], grid.sigma[1:-1], strict=True)]
+        assert found == pytest.approx(expected, rel=accuracy, abs=accuracy)
+        assert grid.t[0] == schedule.grid(10, "trailing").t[0]
+    many = FlowSchedule().grid(100, "cubic")
+    assert many.sigma[1] / many.alpha[1] > 150
+    assert many.sigma[-2] / many.alpha[-2] < 0.005
+
+
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 61, 601, 999, 1000])
 def test_a_grid_is_a_chain_of_pairs_down_to_the_data(spacing, count):
@@ -191,7 +204,7 @@ def test_a_grid_is_a_chain_of_pairs_down_to_the_data(spacing, count):
         )
     assert all(0 <= step.t <= 999 and step.t > step.t_prev for step in steps)
     assert (steps[-1].t_prev, steps[-1].alpha_prev, steps[-1].sigma_prev) == (-1, 1.0, 0.0)
-    if spacing in ("trailing", "karras"):
+    if spacing in ("trailing", "karras", "cubic"):
         assert steps[0].t == 999
     for step in steps:
         assert isinstance(step.alpha, float)
