@@ -563,7 +563,7 @@ def scale_axes(by_calls: Any, by_seconds: Any, calls: Sequence[int]) -> None:
 
 
 def draw_curves(axis: Any, rows: Sequence[Row], measure: str) -> None:
-    """A colour a sampler, a line style a spacing: dotted, solid, dashed, dash-dotted, long dashes, as they are listed."""
+    """A colour a sampler, a line style a spacing: dotted, solid, dashed, dash-dotted, long dashes as listed."""
     styles = dict(zip(TIMESTEP_SPACINGS, (":", "-", "--", "-.", (0, (8, 2))), strict=True))
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["sampler"] for row in rows}))}
     for name, spacing in itertools.product(colours, styles):
