@@ -16,7 +16,7 @@ from ldm.evaluation.report import write_report
 from ldm.metrics.ratio import FIXED
 
 
-def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None):
+def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None, floor=(0.8, 1.3)):
     """Distances of random features, with the numbers put in that decide."""
     rng = np.random.default_rng(0)
     sets = {name: rng.standard_normal((12, 2)) for name in ("real", "blurred", "samples")}
@@ -28,6 +28,7 @@ def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None
     result["protocol"]["frechet_ratio"]["method"] = FIXED
     result["untrusted"] = untrusted or {}
     result["rows"]["samples"] |= {"frechet_ratio": ratio, "frechet_ratio_interval": list(interval)}
+    result["rows"]["real"] |= {"frechet_ratio": sum(floor) / 2, "frechet_ratio_interval": list(floor)}
     result["rows"]["blurred"] |= {"frechet_ratio": 5.0, "frechet_ratio_interval": list(control)}
     return result
 
@@ -71,6 +72,7 @@ FULL = {
         ({"distances": distances(2.0, (1.6, 2.9))}, MISSED, "(95 %: 1.6 to 2.9); goal: at most 1.5"),
         ({"distances": distances(1.4, (1.1, 1.9))}, UNDECIDED, "12 images each: with fewer images any ratio"),
         ({"distances": distances(control=(0.9, 9.0))}, NOT_MEASURED, "does not tell blurred images from real ones"),
+        ({"distances": distances(floor=(1.2, 1.9))}, NOT_MEASURED, "reference and held-out images differ in kind"),
         ({"distances": distances(untrusted={"frechet": ["blurred"]})}, NOT_MEASURED, "calls blurred better than real"),
         ({"distances": distances(), "goals": {"frechet_ratio": None}}, NOT_MEASURED, "No goal is set"),
         ({}, NOT_MEASURED, "needs a feature network"),
