@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -44,7 +45,9 @@ def hd95(found: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None =
         return float("nan")
     a, b = (torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))[None, None] for mask in (found, truth))
     sizes = None if spacing is None else list(spacing)
-    return float(compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of MONAI's about its own arguments
+        return float(compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=sizes))
 
 
 def generalised_energy_distance(members: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> float:
