@@ -53,7 +53,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
-    check_counts(config, "n", "repeats", "pairs", "batch_size", "sweep_n", "n_ref")
+    check_counts(config, "n", "pairs", "batch_size", "sweep_n", "n_ref", *(["repeats"] if config.repeats != 0 else []))
     folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(section(config, "goals"))
     model, path = load_model(config)
     if model.classes is not None:

@@ -152,8 +152,9 @@ class Geometry:
     def forward(self, array: np.ndarray, labels: bool = False, fill: float = 0.0) -> np.ndarray:
         """Bring ``array`` (C, *original_shape) onto the model's grid: (C, *shape), same dtype.
 
-        Images are interpolated linearly after an anti-aliasing filter; of labels, each of which is resampled like an
-        image, the largest share wins. ``fill`` is the value of padding.
+        Images are interpolated linearly after an anti-aliasing filter. Labels take the nearest voxel; where voxels
+        become larger, each label is resampled like an image and the largest share wins. ``fill`` is the value of
+        padding.
         """
         self._expect(array, self.original_shape)
         if self._orientation_change is not None:
@@ -271,8 +272,10 @@ def _resampled(array: np.ndarray, shape: tuple[int, ...], ratio: Sequence[float]
     offset = [_first_centre(old, new, r) for old, new, r in zip(array.shape[1:], shape, ratio, strict=True)]
     output = np.zeros((len(array), *shape), dtype=array.dtype)
     for channel, result in zip(array, output, strict=True):
-        if labels:
+        if labels and max(ratio) > 1:
             _resample_labels(channel, result, ratio, offset)
+        elif labels:
+            ndimage.affine_transform(channel, np.array(ratio), offset, shape, output=result, order=0, mode="nearest")
         else:
             smooth = _antialiased(channel, ratio)
             ndimage.affine_transform(smooth, np.array(ratio), offset, shape, output=result, order=1, mode="nearest")
@@ -282,8 +285,8 @@ def _resampled(array: np.ndarray, shape: tuple[int, ...], ratio: Sequence[float]
 def _resample_labels(labels: np.ndarray, output: np.ndarray, ratio: Sequence[float], offset: Sequence[float]) -> None:
     """Fill ``output``, zeros, with the label of the largest share in each new voxel, and any rather than 0 at a tie.
 
-    The nearest label would do where a new centre lies in an old voxel. Where it lies between two, as with an even ratio
-    of sizes, it would always be the one on the same side: the map would move by half an old voxel.
+    The nearest label does for voxels that are no larger. Of two that are as near, as where the size doubles, it is
+    always the one on the same side: the map would move by half an old voxel.
     """
     best, total = np.zeros(output.shape, np.float32), np.zeros(output.shape, np.float32)
     reach = [2 + math.ceil(4 * sigma) for sigma in _sigmas(ratio)]  # beyond it a label has no share

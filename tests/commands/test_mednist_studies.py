@@ -65,9 +65,9 @@ def test_conditions_and_ablation_on_one_first_stage(ldm, pictures, tmp_path):
     runs = tmp_path / "runs/mednist_ldm"
     assert len(list(runs.rglob("mean.npy"))) == 2  # the training and the validation pictures, encoded once
     models = {
-        "mednist/ldm": (["class"], "v_prediction", "uniform"),
-        "unconditional/mednist/ldm": ([], "v_prediction", "uniform"),
-        "text/mednist/ldm": (["text"], "v_prediction", "uniform"),
+        "mednist/ldm": (["class"], "flow", "uniform"),
+        "unconditional/mednist/ldm": ([], "flow", "uniform"),
+        "text/mednist/ldm": (["text"], "flow", "uniform"),
         **{f"ablation/{name}-min_snr-2": (["class"], name, "min_snr") for name in ("epsilon", "flow")},
     }
     first_stage = read_header(runs / "mednist/vae/model.safetensors")["tensors_sha256"]

@@ -66,5 +66,5 @@ def test_settings_become_the_models_options():
 
 @pytest.mark.parametrize("name", ["n", "batch_size"])
 def test_a_count_below_one_is_named(name):
-    with pytest.raises(LdmError, match=f"{name} is 0"):
+    with pytest.raises(LdmError, match=f"{name} must be a whole number of at least 1, got 0"):
         run(OmegaConf.create({"n": 1, "batch_size": 1} | {name: 0}))
