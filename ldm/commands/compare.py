@@ -109,7 +109,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     entries = read_entries(section(config, "models"))
     network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu")
     if network is None:
-        raise LdmError(f"features.path={config.features.path}: without it nothing can be compared.")
+        given = section(config, "features").get("path")
+        raise LdmError(f"features.path={given}: without it nothing can be compared.")
     datamodule, folder = prepared(cohort_datamodule(config)), Path(config.run_dir)
     check_entries(entries, datamodule, network)
     subjects = HeldOut.choose(datamodule, entries[0].header["preprocessing"]["channels"], config.n, config.seed)

@@ -189,7 +189,8 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
             raise LdmError(f"{name}=DIR is missing: real and synthetic are two folders of images.")
     network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu")
     if network is None:
-        raise LdmError(f"features.path={config.features.path}: without it two folders cannot be compared.")
+        given = section(config, "features").get("path")
+        raise LdmError(f"features.path={given}: without it two folders cannot be compared.")
     folder, real, synthetic = Path(config.run_dir), Path(config.real), Path(config.synthetic)
     distances = folder_distances(network, real, synthetic, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +265,7 @@ def sweeps(
     for axis in axes:
         name = axis.covariate.name
         images = [
-            drawn(model, path, folder / f"sweep/{name}/{value!r}", [axis.row(value)] * config.sweep_n, config)
+            drawn(model, path, folder / f"sweep/{name}/{float(value)!r}", [axis.row(value)] * config.sweep_n, config)
             for value in axis.values
         ]
         shown = {"value_range": value_range, "rgb": model.preprocessing.is_rgb}

@@ -188,6 +188,10 @@ def test_a_gan_is_audited_as_any_model(trained, ldm, tmp_path):
         (("evaluate", "n=1e1"), "n must be a whole number of at least 1, got 10.0"),
         (("evaluate", "goals=3"), "goals is 3; legal: {key: value, ...}, or null"),
         (("compare", "models=lsgan"), "models is 'lsgan'; legal: {key: value, ...}"),
+        (
+            ("evaluate", "features=null", "real=a", "synthetic=b"),
+            "features.path=None: without it two folders cannot be compared",
+        ),
         (("audit", "planted=0"), "planted must be a whole number of at least 1, got 0"),
     ],
 )
