@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,13 @@ from rich.progress import track
 from ldm.commands.held_out import expect_a_split, held_out, read_sample
 from ldm.commands.run import plain, section
 from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
+from ldm.commands.sampler_table import device_in_words, seconds_a_sample
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.errors import LdmError, nearest
-from ldm.evaluation.comparison import Measure, Row, markdown
+from ldm.evaluation.comparison import Measure, Row, markdown, over_models
 from ldm.evaluation.distances import (
     CONTROL,
     FLOOR,
@@ -62,12 +62,14 @@ class Entry:
         path: its file.
         options: of sampling, by the names of ``ldm sample``.
         header: of its file.
+        group: the name that it was asked for under, which several trainings may share.
     """
 
     name: str
     path: Path
     options: Mapping[str, Any]
     header: Mapping[str, Any] = field(repr=False)
+    group: str = ""
 
     @functools.cached_property
     def model(self) -> Generative:
@@ -131,6 +133,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     )
     for name, row in rows.items():
         table["rows"][name] |= row.facts
+    groups = {entry.group: [one.name for one in entries if one.group == entry.group] for entry in entries}
+    several = {group: names for group, names in groups.items() if len(names) > 1}
+    table["several"] = {group: over_models([table["rows"][name] for name in names]) for group, names in several.items()}
     write_json(folder / "compare.json", table)
     write_text(folder / "compare.md", markdown(table))
     picture(entries, measure, subjects, config, folder)
@@ -142,7 +147,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def read_entries(models: Mapping[str, Any] | None) -> list[Entry]:
-    """The models that are asked for: name -> file, or name -> {path: file, steps: 10, ...}.
+    """The models that are asked for: name -> file, or name -> {path: file or files, steps: 10, ...}.
 
     Raises:
         LdmError: none, an unknown key, or a file that is no model that draws images.
@@ -156,19 +161,32 @@ def read_entries(models: Mapping[str, Any] | None) -> list[Entry]:
                 raise LdmError(f"models.{name}.{key} is not a setting.{hint} Legal: {', '.join(ENTRY_KEYS)}.")
         if not options.get("path"):
             raise LdmError(f"models.{name} names no file; give a path, or {{path: FILE, steps: 10}}.")
-        path = Path(options.pop("path"))
+        if str(name).startswith((FLOOR, PRIOR, REFERENCE)) or "|" in str(name):
+            raise LdmError(f"models.{name}: another row is called like this, or it has a '|'; choose another name.")
+        entries += trainings(str(name), options.pop("path"), options)
+    if len({entry.name for entry in entries}) < len(entries):
+        raise LdmError(f"models: two rows would have one name ({', '.join(entry.name for entry in entries)}).")
+    if not entries:
+        raise LdmError("models is empty: name files, e.g. models='{LDM: FILE, LDM 10 steps: {path: FILE, steps: 10}}'.")
+    return entries
+
+
+def trainings(name: str, paths: str | Sequence[str], options: Mapping[str, Any]) -> list[Entry]:
+    """One entry a file; several files, such as trainings with other seeds, are numbered.
+
+    Raises:
+        LdmError: no file, or one that is no model that draws images.
+    """
+    paths, found = [paths] if isinstance(paths, str) else list(paths), []
+    for number, path in enumerate(map(Path, paths), 1):
         if not path.is_file():
             raise LdmError(f"models.{name}: there is no model file {path}.")
         header = read_header(path)
         kind = header.get("kind")
         if kind not in MODELS:
             raise LdmError(f"models.{name}: {path} holds a model of kind '{kind}', which draws no images.")
-        if str(name).startswith((FLOOR, PRIOR, REFERENCE)) or "|" in str(name):
-            raise LdmError(f"models.{name}: another row is called like this, or it has a '|'; choose another name.")
-        entries.append(Entry(str(name), path, options, header))
-    if not entries:
-        raise LdmError("models is empty: name files, e.g. models='{LDM: FILE, LDM 10 steps: {path: FILE, steps: 10}}'.")
-    return entries
+        found.append(Entry(name if len(paths) == 1 else f"{name} {number}", path, options, header, name))
+    return found
 
 
 def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, network: FeatureNetwork) -> None:
@@ -273,9 +291,11 @@ def model_row(measure: Measure, entry: Entry, subjects: HeldOut, config: DictCon
         return read_samples(measure, entry, subjects, config, folder, range(len(subjects.rows)))
 
     def further() -> dict[str, Any]:
+        options, rows = sampling_options(OmegaConf.create(dict(entry.options))), subjects.rows[: config.batch_size]
+        given = record_inputs(entry.header.get("conditioners", {}), subjects.records[: config.batch_size])
         return {
-            "seconds_a_sample": seconds_a_sample(entry, subjects, config.batch_size),
-            "timed_on": f"{torch.get_num_threads()} threads" if entry.model.device.type == "cpu" else "CUDA",
+            "seconds_a_sample": seconds_a_sample(entry.model, rows, given, options),
+            "timed_on": device_in_words(entry.model),
             "versions": package_versions(),
         }
 
@@ -291,18 +311,6 @@ def read_samples(
     inputs = record_inputs(entry.header.get("conditioners", {}), subjects.records)
     draw(entry.model, entry.path, out, [dict(row) for row in subjects.rows], asked, inputs)
     return [read_sample(entry.model, image_paths(entry.model, out, sample_name(i))) for i in numbers]
-
-
-def seconds_a_sample(entry: Entry, subjects: HeldOut, batch_size: int) -> float:
-    """Time of one batch over its size, on this machine; the second batch, as the first has to warm up."""
-    options, rows = sampling_options(OmegaConf.create(dict(entry.options))), subjects.rows[:batch_size]
-    given = record_inputs(entry.header.get("conditioners", {}), subjects.records[:batch_size])
-    for _ in range(2):
-        start = time.perf_counter()
-        for _batch in entry.model.sample_batches(rows, range(len(rows)), 0, len(rows), inputs=given, **options):
-            pass
-        seconds = time.perf_counter() - start
-    return seconds / len(rows)
 
 
 def reconstructing(entries: Sequence[Entry]) -> list[Entry]:

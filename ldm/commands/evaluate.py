@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.commands.held_out import held_out_set, model_cohort, read_sample
 from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import draw, load_model, sampling_options
+from ldm.commands.sampler_table import DEFAULT, draw_samplers, read_samplers, sampler_table
 from ldm.commands.stages import record_inputs
 from ldm.data.draft import Record
 from ldm.errors import LdmError
@@ -24,7 +25,7 @@ from ldm.evaluation.features import check_features, find_features
 from ldm.evaluation.fidelity import ImageSet, fidelity
 from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.goals import check_goals
-from ldm.evaluation.instruments import Instrument, find_instruments
+from ldm.evaluation.instruments import Instrument, find_instruments, merged
 from ldm.evaluation.masks import mask_dice, mask_segmenter
 from ldm.evaluation.pictures import pictures
 from ldm.evaluation.reconstruction import quality, reconstructions
@@ -70,10 +71,13 @@ def run(config: DictConfig) -> dict[str, Any]:
         datamodule.schema,
         datamodule.cohort.split_hash,
     )
+    samplers = read_samplers(config, model)
     axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, datamodule.cohort.split("train"))
     real, records = held_out_set(datamodule, model.preprocessing.channels, config.n)
     samples, further = generated(model, path, config, real, records, seeds)
     once = samples.first(config.n)  # the others repeat covariates
+    inputs = record_inputs(model.header.get("conditioners", {}), [records[i % len(real)] for i in range(config.n)])
+    drawn_otherwise = draw_samplers(samplers, model, path, once, inputs)
     value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
     rebuilt = reconstructions(model, real.images, real.rows, value_range) if model.reconstructs else None
     repeated = len(samples) - config.n
@@ -110,7 +114,11 @@ def run(config: DictConfig) -> dict[str, Any]:
             config.seed,
             more,
             real.subjects,
+            {name: one.images for name, one in drawn_otherwise.items() if name != DEFAULT},
         )
+    if samplers:
+        rows = (metrics.get("distances") or {}).get("rows", {})
+        metrics["samplers"] = sampler_table(samplers, drawn_otherwise, model, merged(instruments), inputs, rows)
     pictures(model, real, samples, folder / "figures", value_range)
     keep_curves(model, config, folder / "figures")
     keep_audit(model, config, folder)

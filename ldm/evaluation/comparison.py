@@ -20,9 +20,11 @@ import torch
 
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.evaluation.agreement import agreement, level_agreement
+from ldm.evaluation.distances import over_seeds
 from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.features import FeatureNetwork, extract
 from ldm.evaluation.instruments import Instrument
+from ldm.evaluation.repeats import spread_over_seeds
 from ldm.model.file import read_header, read_tensors, write_model
 
 KIND = "comparison_row"
@@ -154,6 +156,21 @@ def _agreement(covariate: Covariate, pairs: Sequence[tuple[Any, Any, str]]) -> d
     return agreement(wanted, found, subjects=subjects)
 
 
+def over_models(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What of several trainings, such as of other seeds: metric -> ``values``, ``mean``, ``std``.
+
+    Those of distances, ``ms_ssim`` of like pairs, and of each covariate its r or share of levels.
+    """
+    result = over_seeds(rows)
+    if all(row.get("spread") for row in rows):
+        result["ms_ssim"] = spread_over_seeds([row["spread"]["ms_ssim"]["mean"] for row in rows])
+    for name, first in rows[0].get("agreement", {}).items():
+        key = "accuracy" if first["kind"] == "categorical" else "r"
+        if all(name in row.get("agreement", {}) for row in rows):
+            result[f"{name} {key}"] = spread_over_seeds([row["agreement"][name][key] for row in rows])
+    return result
+
+
 def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown, with what the numbers depend on below it.
 
@@ -166,6 +183,10 @@ def markdown(table: Mapping[str, Any]) -> str:
     for name, row in table["rows"].items():
         mark = " (floor)" if name == table["floor"] else " (control)" if name in table["controls"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(_cells(row))} |")
+    for name, metrics in table.get("several", {}).items():
+        shown = [f"{metric} {one['mean']:.3g} ± {one['std']:.2g}" for metric, one in metrics.items()]
+        count = len(next(iter(metrics.values()))["values"])
+        lines += ["", f"{name}, mean ± standard deviation of {count} models: {'; '.join(shown)}."]
     lines += ["", "Every number depends on all of this; compare rows of this table, not tables.", ""]
     lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items()]
     for metric, names in table["untrusted"].items():

@@ -44,6 +44,7 @@ RECONSTRUCTED = "held-out images, reconstructed"
 PRIOR = "first stage alone: decoded draws of N(0, I)"
 SAMPLES = "samples of the model"
 FURTHER = "samples, seed {}"
+OTHER = "samples, {}"
 
 # which way is better, of every metric of a row
 BETTER = {"frechet": -1, "kid": -1, "mmd": -1, "precision": 1, "recall": 1, "density": 1, "coverage": 1}
@@ -60,6 +61,7 @@ def model_distances(
     seed: int = 0,
     further: Mapping[int, Sequence[np.ndarray]] | None = None,
     subjects: Sequence[str] | None = None,
+    others: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, Any] | None:
     """What ``metrics.json`` holds under ``distances`` for a model and the held-out images of its cohort.
 
@@ -77,6 +79,7 @@ def model_distances(
         seed: of the reference, the draws and the resamples.
         further: seed -> samples asked alike, drawn with other noise; a row each, and the spread over all seeds.
         subjects: whose each of ``real`` is; None is another subject each.
+        others: name -> samples asked alike, drawn in another way; a row each.
 
     Returns:
         None, with a warning, when there are too few images.
@@ -100,6 +103,7 @@ def model_distances(
     sets[SAMPLES] = samples[:n]
     again = {FURTHER.format(number): images for number, images in (further or {}).items()}
     sets |= {name: images[:n] for name, images in again.items()}
+    sets |= {OTHER.format(name): images[:n] for name, images in (others or {}).items()}
     records = datamodule.cohort.split("train")
     result = compare(
         extract(network, reference),

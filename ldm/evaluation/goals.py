@@ -14,7 +14,7 @@ from typing import Any
 from ldm.errors import LdmError, nearest
 from ldm.evaluation.audit import INCONCLUSIVE
 
-GOALS = {"frechet_ratio": 1.5, "ms_ssim": 0.02, "share": 0.9}
+GOALS = {"frechet_ratio": 1.5, "ms_ssim": 0.02, "share": 0.95}
 MET, MISSED, UNDECIDED, NOT_MEASURED = "met", "missed", "undecided", "not measured"
 
 Metrics = Mapping[str, Any]

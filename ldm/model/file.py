@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -133,8 +134,25 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def source_commit() -> str | None:
+    """Commit of the working copy that this package runs from, with ``-dirty`` when files differ from it.
+
+    Returns:
+        None for an installed package, or without git.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def package_versions() -> dict[str, str]:
-    """Versions of everything that a result depends on."""
+    """Versions of everything that a result depends on; ``ldm commit`` where it runs from a working copy."""
     names = ("ldm", "torch", "pytorch-lightning", "monai", "nibabel", "numpy", "safetensors")
     versions = {"python": platform.python_version()}
     for name in names:
@@ -142,7 +160,8 @@ def package_versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    return versions
+    commit = source_commit()
+    return versions if commit is None else {**versions, "ldm commit": commit}
 
 
 def load_matching(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> list[str]:

@@ -262,6 +262,16 @@ def test_the_table_has_every_row_and_measures_each_once(trained, ldm, tmp_path):
     assert set(longer["rows"]) == {*table["rows"], "LDM 2 steps"}
     assert longer["rows"]["LSGAN"] == table["rows"]["LSGAN"]
 
+    files = [f"{runs}/{name}/model.safetensors" for name in ("lsgan", "vaegan")]
+    code, text = compare(GANs=f"{{path: [{', '.join(files)}]}}")
+    assert not code, text
+    several = json.loads((tmp_path / "table/compare.json").read_text())["several"]["GANs"]
+    singly = [table["rows"][name]["frechet"] for name in ("LSGAN", "VAE-GAN")]  # each is the same model, drawn anew
+    assert several["frechet"]["values"] == pytest.approx(singly, rel=1e-3)
+    assert several["frechet"]["mean"] == pytest.approx(np.mean(singly), rel=1e-3)
+    assert {"kind accuracy", "ms_ssim"} < set(several)
+    assert "GANs, mean ± standard deviation of 2 models" in (tmp_path / "table/compare.md").read_text()
+
 
 def test_a_row_is_of_the_samples_that_a_model_draws(trained, ldm, tmp_path):
     runs, common = trained
@@ -286,6 +296,7 @@ def test_a_row_is_of_the_samples_that_a_model_draws(trained, ldm, tmp_path):
         ("{}", "models is empty"),
         ("{A: {path: LSGAN, stepps: 3}}", "models.A.stepps is not a setting. Did you mean 'steps'?"),
         ("{A: nowhere}", "models.A: there is no model file nowhere"),
+        ("{A: {path: [LSGAN, LSGAN]}, A 2: LSGAN}", "models: two rows would have one name"),
         ("{A: {steps: 3}}", "models.A names no file"),
         ("{A: PREDICTOR}", "holds a model of kind 'predictor', which draws no images"),
     ],

@@ -308,3 +308,25 @@ def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, 
     page = (tmp_path / "evaluation/report.html").read_text()
     assert "samples of the model</td>" in page
     assert "training split" in page
+
+    # the same noise with more steps beside: only what is new is drawn, and the same settings give the same distance
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluation/samples").glob("*.nii.gz")}
+    code, text = ldm(*request, "samplers={Three steps: {steps: 3}, one: {steps: 1}}")
+    assert not code, text
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    rows = json.loads((tmp_path / "evaluation/metrics.json").read_text())["samplers"]["rows"]
+    assert list(rows) == ["as configured", "Three steps", "one"]
+    assert "num_inference_steps 3" in rows["Three steps"]["sampling"]
+    assert all(row["seconds_a_sample"] > 0 for row in rows.values())
+    same, other = (rows[name]["distance"]["frechet"] for name in ("one", "Three steps"))
+    assert rows["as configured"]["distance"]["frechet"] == pytest.approx(same)
+    assert other != pytest.approx(same)
+    assert "Three steps<br>" in (tmp_path / "evaluation/report.html").read_text()
+    for wrong, said in (
+        ("samplers={a: {step: 3}}", "samplers.a.step is not a setting. Did you mean 'steps'?"),
+        ("samplers={a: 3}", "samplers.a is 3; give settings of ldm sample"),
+        ("samplers={a b: {steps: 1}, A-B: {steps: 2}}", "samplers.A-B: another row is called like this"),
+    ):
+        code, text = ldm(*request, wrong)
+        assert code
+        assert said in text
