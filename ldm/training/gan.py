@@ -28,6 +28,7 @@ from ldm.training.vae import kl_divergence, psnr
 
 POOLED = 8  # cells an axis in which images are compared at validation
 SHOWN = 4  # reconstructions in a panel
+DISCRIMINATOR_TERMS = ("discriminator", "r1")  # which the generator's loss has not
 
 
 def discriminator_loss(real: Tensor, *fakes: Tensor) -> Tensor:
@@ -43,6 +44,16 @@ def discriminator_loss(real: Tensor, *fakes: Tensor) -> Tensor:
 def generator_loss(fake: Tensor) -> Tensor:
     """Least squares towards the score of a real image (Mao et al. 2017, eq. 9, c = 1)."""
     return 0.5 * (fake - 1).square().mean()
+
+
+def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """R1: half the mean squared length of the gradient of scores ``(B,)`` by their real images ``(B, C, *S)``.
+
+    It keeps the discriminator flat around real images, without which it overfits few of them (Mescheder et al. 2018,
+    eq. 9). The graph is kept, so that it can be trained on; lengths are in the range of the images.
+    """
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)  # (B, C, *S)
+    return 0.5 * gradient.float().square().flatten(1).sum(1).mean()
 
 
 class ConditionalDiscriminator(nn.Module):
@@ -91,7 +102,7 @@ class LSGAN(StageModule):
         LdmError: a setting that is not legal.
     """
 
-    LOSS_KEYS: Sequence[str] = ("adversarial_weight",)
+    LOSS_KEYS: Sequence[str] = ("adversarial_weight", "r1_weight")
 
     def __init__(
         self,
@@ -151,7 +162,7 @@ class LSGAN(StageModule):
         condition = self.network.conditioners.drop({COVARIATES: batch["covariates"]}, draws["hide"])
         terms, scores = self.loss_terms(x, condition, draws)
         loss = self.weighted(terms)
-        total = loss + terms["discriminator"]
+        total = loss + terms["discriminator"] + self.loss["r1_weight"] * terms["r1"]
         terms = {name: term.detach() for name, term in terms.items()}
         self.require_finite(total.detach(), terms, batch["index"])
         norms = self.step_optimizers(total, [self.network, self.discriminator])
@@ -167,7 +178,8 @@ class LSGAN(StageModule):
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The generator's loss: its terms with their weights."""
-        return sum(self.loss[f"{name}_weight"] * term for name, term in terms.items() if name != "discriminator")
+        own = (name for name in terms if name not in DISCRIMINATOR_TERMS)
+        return sum(self.loss[f"{name}_weight"] * terms[name] for name in own)
 
     def loss_terms(
         self, x: Tensor, condition: Condition, draws: Mapping[str, Tensor]
@@ -184,15 +196,19 @@ class LSGAN(StageModule):
         terms = {
             "adversarial": generator_loss(without_own_gradients(self.discriminator, fake, condition)),
             "discriminator": discriminator_loss(scores["real"], scores["sample"]),
+            "r1": scores.pop("r1"),
         }
         return terms, scores
 
     def _scores(
         self, x: Tensor, condition: Condition, fakes: Mapping[str, tuple[Tensor, Condition]]
     ) -> dict[str, Tensor]:
-        """Scores ``(B,)`` of real and detached fake images, which train the discriminator."""
-        fake = {name: self.discriminator(image.detach(), given) for name, (image, given) in fakes.items()}
-        return {"real": self.discriminator(x, condition), **fake}
+        """Scores ``(B,)`` of real and detached fake images, which train the discriminator; and its ``r1`` ``()``."""
+        found = {name: self.discriminator(image.detach(), given) for name, (image, given) in fakes.items()}
+        penalised = self.loss["r1_weight"] > 0
+        x = x.detach().requires_grad_(penalised)
+        real = self.discriminator(x, condition)
+        return {"real": real, **found, "r1": gradient_penalty(real, x) if penalised else real.new_zeros(())}
 
     def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All random numbers of a batch, one named stream a sample."""
@@ -247,7 +263,7 @@ class VAEGAN(LSGAN):
         loss: beside weights, ``feature_level``, the discriminator's level, counted from 0.
     """
 
-    LOSS_KEYS = ("adversarial_weight", "l1_weight", "features_weight", "kl_weight", "feature_level")
+    LOSS_KEYS = ("adversarial_weight", "r1_weight", "l1_weight", "features_weight", "kl_weight", "feature_level")
 
     def __init__(self, model: GAN, *arguments: Any, **options: Any) -> None:
         super().__init__(model, *arguments, **options)
@@ -284,6 +300,7 @@ class VAEGAN(LSGAN):
             "kl": kl_divergence(mean, std).sum() / x.numel(),
             "adversarial": generator_loss(without_own_gradients(self.discriminator, fakes, twice)),
             "discriminator": discriminator_loss(scores["real"], scores["reconstruction"], scores["sample"]),
+            "r1": scores.pop("r1"),
         }
         return terms, scores
 

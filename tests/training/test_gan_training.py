@@ -8,15 +8,16 @@ from torch.nn import functional as F
 from ldm.conditioning.base import COVARIATES
 from ldm.errors import LdmError
 from ldm.training.budget import Budget
-from ldm.training.gan import MODULES, discriminator_loss, generator_loss
+from ldm.training.gan import MODULES, discriminator_loss, generator_loss, gradient_penalty
 from tests.model.test_gan_model import gan
 from tests.training.test_stages import OPTIMIZER
 
 DISCRIMINATOR = {"channels": [8, 8], "hidden": 8, "spectral_norm": True, "lr": 1e-3}
 LOSS = {
-    "lsgan": {"adversarial_weight": 1.0},
+    "lsgan": {"adversarial_weight": 1.0, "r1_weight": 0.0},
     "vaegan": {
         "adversarial_weight": 0.5,
+        "r1_weight": 4.0,
         "l1_weight": 2.0,
         "features_weight": 3.0,
         "kl_weight": 0.1,
@@ -50,6 +51,25 @@ def test_least_squares_against_closed_forms():
     assert discriminator_loss(real, fake, other).item() == pytest.approx(0.5 * (2 + (2 + 1) / 2))
     assert generator_loss(fake).item() == pytest.approx(0.5 * 1)
     assert discriminator_loss(torch.ones(3), torch.zeros(3)) == generator_loss(torch.ones(3)) == 0
+
+
+def test_the_gradient_penalty_is_half_the_squared_slope():
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    images = torch.rand(5, 1, 2, 2, requires_grad=True)
+    penalty = gradient_penalty((weight * images).sum((1, 2, 3)), images)  # slope 5 everywhere
+    assert penalty.item() == pytest.approx(12.5)
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, weight.detach())  # and it can be trained on
+
+
+def test_the_penalty_trains_the_discriminator_alone():
+    made = module("vaegan")
+    terms, scores = terms_of(made)
+    assert "r1" not in scores
+    terms["r1"].backward(retain_graph=True)
+    assert all(p.grad is None for p in made.network.parameters())
+    assert made.discriminator.network.trunk.levels[0].conv.parametrizations.weight.original.grad.abs().sum() > 0
+    assert terms_of(module("vaegan", loss={**LOSS["vaegan"], "r1_weight": 0.0}))[0]["r1"] == 0
 
 
 @BOTH
@@ -140,7 +160,7 @@ def test_a_loss_that_is_not_finite_is_named(monkeypatch):
     made, data = module("lsgan"), batch()
     monkeypatch.setattr(type(made), "trainer", type("T", (), {"world_size": 1, "global_rank": 0})())
     data["image"][1] = torch.nan
-    with pytest.raises(LdmError, match=r"not finite at step 0: adversarial .*, discriminator nan. Records.*0, 1, 2, 3"):
+    with pytest.raises(LdmError, match=r"not finite at step 0: adversarial .*, discriminator nan, r1 0. Records.*0, 1, 2, 3"):
         made.training_step(data, 0)
 
 
@@ -148,6 +168,6 @@ def test_settings_that_are_not_legal_are_named():
     with pytest.raises(LdmError, match="gan.loss.l1_weigth is not a setting. Did you mean 'l1_weight'"):
         module("vaegan", loss={**LOSS["vaegan"], "l1_weigth": 1.0})
     with pytest.raises(LdmError, match="gan.loss.l1_weight is not a setting"):
-        module("lsgan", loss={"adversarial_weight": 1.0, "l1_weight": 1.0})
+        module("lsgan", loss={**LOSS["lsgan"], "l1_weight": 1.0})
     with pytest.raises(LdmError, match="feature_level is 2; the discriminator has levels 0 to 1"):
         module("vaegan", loss={**LOSS["vaegan"], "feature_level": 2})
