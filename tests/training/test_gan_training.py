@@ -160,7 +160,8 @@ def test_a_loss_that_is_not_finite_is_named(monkeypatch):
     made, data = module("lsgan"), batch()
     monkeypatch.setattr(type(made), "trainer", type("T", (), {"world_size": 1, "global_rank": 0})())
     data["image"][1] = torch.nan
-    with pytest.raises(LdmError, match=r"not finite at step 0: adversarial .*, discriminator nan, r1 0. Records.*0, 1, 2, 3"):
+    said = r"not finite at step 0: adversarial .*, discriminator nan, r1 0. Records.*0, 1, 2, 3"
+    with pytest.raises(LdmError, match=said):
         made.training_step(data, 0)
 
 
