@@ -19,6 +19,7 @@ from ldm.commands.stages import record_inputs
 from ldm.data.draft import Record
 from ldm.errors import LdmError
 from ldm.evaluation import masks
+from ldm.evaluation.audit_report import NEAREST
 from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import check_features, find_features
@@ -321,12 +322,20 @@ def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:
 
 
 def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
-    """Copy what ``ldm audit`` found of the same model, if it was run, so that the report has it; never another's."""
+    """Copy what ``ldm audit`` found of the same model, if it was run, so that the report has it; never another's.
+
+    The pictures of the nearest pairs, which show training scans, come along only with ``audit_pictures``.
+    """
+    for picture in (folder / "figures").glob(NEAREST.format("*")):
+        picture.unlink()
     if config.audit is None or not Path(config.audit).is_file():
         return
     content = read_json(Path(config.audit), "an audit")
     if content.get("model_sha256") == model.header["tensors_sha256"]:
         write_json(folder / "audit.json", content)
+        pictures = Path(config.audit).parent.glob(f"figures/{NEAREST.format('*')}") if config.audit_pictures else ()
+        for picture in pictures:
+            figures.copy(picture, folder / "figures" / picture.name)
     else:
         logger.warning("%s is not of this model (ldm audit): it is not in the report.", config.audit)
 

@@ -14,6 +14,7 @@ from ldm.evaluation.audit import AuditResult, Scans
 from ldm.files import write_text
 from ldm.training import figures
 
+NEAREST = "nearest_{}.png"  # of a space
 CAUTION = "The pictures show training scans: this page is for those who may see these."
 
 
@@ -39,7 +40,7 @@ def pair_pictures(
                 f"synthetic {pair.synthetic + 1}, {pair.distance:.3g}" + (" COPY" if pair.copy else ""),
                 f"training {train.names[pair.train]}",
             ]
-        path = Path(folder) / f"nearest_{name}.png"
+        path = Path(folder) / NEAREST.format(name)
         paths[name] = figures.mosaic(images, path, titles, value_range, 2 if images[0].ndim == 4 else 4, rgb)
     return paths
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ldm.errors import LdmError
 from ldm.evaluation import goals, masks
-from ldm.evaluation.audit_report import audit_fragment
+from ldm.evaluation.audit_report import NEAREST, audit_fragment
 from ldm.files import write_text
 
 CURVES = {"curves_first_stage.png": "first stage", "curves_model.png": "model"}
@@ -30,7 +30,8 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: holds ``metrics.json``; pictures are in its ``figures/``. ``audit.json``, if it is there, is that of
-            ``ldm audit``; one of another model, and the training scans that its own page shows, are left out.
+            ``ldm audit``; one of another model is left out. Its pictures, which show training scans, are taken from
+            ``figures/`` if they were put there.
 
     Returns:
         ``report.html`` in the folder.
@@ -43,6 +44,8 @@ def write_report(folder: Path) -> Path:
     if audit and audit.get("model_sha256") != metrics.get("model_sha256"):
         audit = None
     found, figures = goals.verdicts(metrics, audit), folder / "figures"
+    nearest = {name: figures / NEAREST.format(name) for name in (audit or {}).get("spaces", ())}
+    nearest = {name: path for name, path in nearest.items() if path.is_file()}
     page = _template("report.html").render(
         metrics=metrics,
         verdicts=found,
@@ -57,7 +60,8 @@ def write_report(folder: Path) -> Path:
         values=_of_kind(metrics, figures, "continuous"),
         levels=_of_kind(metrics, figures, "categorical"),
         sweeps={name: _sweep(name, entry, figures) for name, entry in metrics.get("sweep", {}).items()},
-        audit=audit_fragment(audit) if audit and "spaces" in audit else None,
+        audit=audit_fragment(audit, nearest) if audit and "spaces" in audit else None,
+        nearest=nearest,
         curves=[(title, _embed(figures / name)) for name, title in CURVES.items() if (figures / name).is_file()],
         protocol=_protocol(metrics),
     )
