@@ -21,6 +21,7 @@ from ldm.applications.segmentation import (
 )
 from ldm.applications.segmentation_evaluation import evaluate
 from ldm.applications.segmentation_report import METRICS, beside, differences, null_for_nan, report, verdict
+from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_datamodule, prepared
@@ -60,6 +61,9 @@ def run(config: DictConfig) -> Path:
         together = max(1, config.batch_size // source.facts["members"])
         table = segment(source, records, out, provenance, together, lambda count: bar.advance(task, count))
     logger.info("%d subjects are segmented in %s; volumes: %s", len(records), out, table)
+    stacked = stack_results(out, records, source) if source.preprocessing.spatial_dims == 2 else None
+    if stacked is not None:
+        logger.info("The slices, put back into volumes: %s", stacked)
     if config.evaluate:
         measure(config, source, records, out)
     return table

@@ -3,11 +3,13 @@
 import csv
 import json
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 
+from ldm.data.images import read
 from ldm.model.file import read_header
 
 pytestmark = pytest.mark.slow
@@ -148,3 +150,37 @@ def _check_files(out, root, metrics):
 def _saved(folder, content):
     (folder / "before.npz").write_bytes(content)
     return folder / "before.npz"
+
+
+def test_slices_of_volumes_come_back_as_volumes(ldm, tmp_path):
+    """Patients as of BraTS, stored LPS with voxels of 1 x 1 x 2 mm; slices 2 to 5 of 8 are segmented."""
+    rng, affine = np.random.default_rng(0), np.diag([-1.0, -1, 2, 1])
+    for number in range(4):
+        folder = tmp_path / f"brats/BraTS2021_{number:05}"
+        folder.mkdir(parents=True)
+        for suffix in ("t1", "t1ce", "t2", "flair"):
+            volume = nib.Nifti1Image(rng.integers(1, 900, (16, 20, 8)).astype(np.int16), affine)
+            nib.save(volume, folder / f"{folder.name}_{suffix}.nii.gz")
+        labels = nib.Nifti1Image(rng.choice(np.uint8([0, 1, 2, 4]), (16, 20, 8)), affine)
+        nib.save(labels, folder / f"{folder.name}_seg.nii.gz")
+    settings = ("data=brats", "data.root=brats", "data.spatial_dims=2", "data.slices={range: [2, 6]}", *SMALL)
+    settings = (*settings, "segmenter.network.dropout=0.2", "data.name=brats", "data.shape=[16,32]")
+    code, text = ldm("train-segmenter", *settings, "trainer.max_steps=1")
+    assert not code, text
+    asked = ("segment", *settings, "model=runs/brats/segmenter/model.safetensors", "members=3", "split=all", "out=out")
+    code, text = ldm(*asked)
+    assert not code, text
+    name = "BraTS2021_00002"
+    stacked = {part: nib.load(f"out/stacked/{name}_{part}.nii.gz") for part in ("dseg", "members", "mean", "variance")}
+    assert [image.shape[3:] for image in stacked.values()] == [(), (3,), (), ()]  # one class
+    found = np.asarray(stacked["dseg"].dataobj)
+    assert found.any()
+    np.testing.assert_allclose(stacked["dseg"].affine, affine)
+    assert not found[..., [0, 1, 6, 7]].any()  # not asked for
+    for index in range(2, 6):
+        picture = np.asarray(PIL.Image.open(f"out/{name}_axial{index:03}_dseg.png"))
+        np.testing.assert_array_equal(read(f"out/stacked/{name}_dseg.nii.gz::axial[{index}]").array[0], picture)
+    table = pd.read_csv("out/stacked/volumes.tsv", sep="\t").set_index("participant_id")
+    assert len(table) == 4
+    assert table.loc[name, "volume"] == pytest.approx(2 * (found > 0).sum(), rel=1e-5)  # mm3
+    assert table.loc[name, "low"] <= table.loc[name, "members_mean"] <= table.loc[name, "high"]

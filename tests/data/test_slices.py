@@ -1,5 +1,6 @@
 """2-D slices out of volumes, channels of array rows, pictures at another size, and subjects carved out of a split."""
 
+import itertools
 import shutil
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from ldm.data.cohort import Cohort
 from ldm.data.draft import Record, carved, split_subjects
 from ldm.data.geometry import Geometry
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.stacks import Cut, put_back
 from ldm.errors import LdmError
 
 SEQUENCES = {"T1": "t1", "T1ce": "t1ce", "T2": "t2", "FLAIR": "flair"}
@@ -138,3 +140,27 @@ def test_validation_subjects_come_out_of_training():
     assert sum(split == "valid" for split in splits.values()) == 4
     assert carved(table, {"carve_out": None, "seed": 0}) == table
     assert carved(table, {"carve_out": 0.2, "seed": 1}) != splits
+
+
+@pytest.mark.parametrize("plane", ["sagittal", "coronal", "axial"])
+def test_slices_go_back_where_they_were_cut_out_whatever_the_orientation(tmp_path, plane):
+    volume, path = np.random.default_rng(0).integers(0, 99, (4, 5, 6)).astype(np.int16), tmp_path / "v.nii.gz"
+    for order, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+        affine = np.eye(4)
+        affine[:3, :3] = (np.diag(signs) * (1.0, 1.5, 2.0))[list(order)]
+        affine[:3, 3] = 5, -3, 2
+        nib.save(nib.Nifti1Image(volume, affine), path)
+        count = images.read(path).facts["axcodes"].translate(str.maketrans("RAS", "LPI"))
+        count = volume.shape[count.index({"sagittal": "L", "coronal": "P", "axial": "I"}[plane])]
+        cut = {index: images.read(f"{path}::{plane}[{index}]").array for index in range(count)}
+        back = put_back(path, plane, cut)
+        np.testing.assert_array_equal(np.asarray(back.dataobj), volume)
+        np.testing.assert_allclose(back.affine, affine)
+        del cut[1]
+        gap = put_back(path, plane, cut, fill=-1)
+        assert (np.asarray(gap.dataobj) == -1).sum() == volume.size / count
+
+
+def test_only_a_slice_of_a_nifti_file_was_cut_out():
+    assert Cut.of("a/T1.nii.gz::axial[40]").index == 40
+    assert [Cut.of(ref) for ref in ("T1.nii.gz", "a.png", "a.npz::images[3]", "T1.nii.gz::oblique[3]")] == [None] * 4

@@ -185,7 +185,8 @@ def test_the_page_shows_pictures_and_an_audit_that_stands_beside_it(tmp_path):
     PIL.Image.new("L", (4, 4)).save(tmp_path / "figures/nearest_features.png")  # put there on request
     with_pairs = page(tmp_path, FULL, found.to_dict())
     assert with_pairs.count("data:image/png;base64,") == 4
-    assert ("for those who may see these" in with_pairs) and "for those who may see these" not in text
+    assert "for those who may see these" in with_pairs
+    assert "for those who may see these" not in text
     (tmp_path / "figures/nearest_features.png").unlink()
     assert html.escape(found.lines[0], quote=False) in text.replace("&#39;", "'")
     assert "No audit stands beside" in page(tmp_path, FULL, {**found.to_dict(), "model_sha256": "0"})  # another model's

@@ -1,0 +1,85 @@
+"""Results of slices as volumes: what was found in the slices of a NIfTI file, put back onto its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm.applications.segmentation import COLUMNS, Result, Source, read_result, volumes
+from ldm.data import images
+from ldm.data.draft import Record
+from ldm.data.prepare import write_table
+from ldm.data.stacks import Cut, put_back
+
+FOLDER, TABLE = "stacked", "volumes.tsv"
+
+
+def stack_results(out: Path, records: Sequence[Record], source: Source) -> Path | None:
+    """Write the results of slices as NIfTI files beside them, one set for every volume that slices were cut from.
+
+    ``stacked/NAME_dseg.nii.gz`` and the others of :func:`ldm.applications.segmentation.segment`, in the space of the
+    volume, and ``stacked/volumes.tsv`` in mm3. Slices that were not segmented are background, and count for nothing.
+
+    Args:
+        out: what :func:`ldm.applications.segmentation.segment` wrote.
+        records: its subjects.
+        source: what drew.
+
+    Returns:
+        The folder; None where no record is a slice of a NIfTI file.
+    """
+    rows = []
+    for name, (cut, stack) in named_stacks(records).items():
+        results = {index: read_result(out, record, source) for index, record in stack.items()}
+        whole = _write_stack(out / FOLDER, name, cut, results, source)
+        rows += [{"participant_id": name, **row} for row in volumes(whole, source.classes)]
+    if not rows:
+        return None
+    table = [[f"{v:.6g}" if isinstance(v := row[column], float) else v for column in COLUMNS] for row in rows]
+    write_table(out / FOLDER / TABLE, COLUMNS, table)
+    return out / FOLDER
+
+
+def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Record]]]:
+    """Name of a volume -> one of its cuts, and its records by number of the slice.
+
+    A record that is called ``NAME_axial040``, as ``data.slices`` does, is of ``NAME``, any other of its subject;
+    further volumes of one name are numbered. The first image of a record says where it was cut.
+    """
+    stacks: dict[tuple[Path, str], dict[int, Record]] = {}
+    for record in records:
+        cut = Cut.of(next(iter(record.images.values())))
+        if cut is not None:
+            stacks.setdefault((cut.path, cut.plane), {})[cut.index] = record
+    named: dict[str, tuple[Cut, dict[int, Record]]] = {}
+    for (path, plane), stack in stacks.items():
+        index, record = next(iter(stack.items()))
+        end = f"_{plane}{index:03}"
+        name = record.id.removesuffix(end) if record.id.endswith(end) else record.subject
+        number = sum(other == name or other.startswith(f"{name}_volume") for other in named)
+        named[f"{name}_volume{number + 1}" if number else name] = Cut(path, plane, index), stack
+    return named
+
+
+def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result], source: Source) -> Result:
+    """Write a volume's files; returns labels and members ``([M, ]N, H, W)`` of its N slices, for their volumes."""
+
+    def stored(indices: np.ndarray) -> np.ndarray:
+        return source.classes.values_of(torch.from_numpy(indices)).numpy()
+
+    parts = {  # (C, H, W) of a slice
+        "dseg": {index: stored(one.labels[None]) for index, one in results.items()},
+        "members": {index: stored(one.members) for index, one in results.items()},
+        "mean": {index: one.mean.astype(np.float32) for index, one in results.items()},
+        "variance": {index: one.variance[None].astype(np.float32) for index, one in results.items()},
+        "entropy": {index: one.entropy[None].astype(np.float32) for index, one in results.items()},
+    }
+    for part, slices in parts.items():
+        images.write(folder / f"{name}_{part}.nii.gz", put_back(cut.path, cut.plane, slices))
+    labels = np.stack([one.labels for one in results.values()])  # (N, H, W)
+    members = np.stack([one.members for one in results.values()], 1)  # (M, N, H, W)
+    spacing = tuple(images.read_header(cut.path).facts["spacing"])
+    return Result(labels, members, *[np.empty(0)] * 3, spacing)

@@ -1,0 +1,59 @@
+"""Slices of a NIfTI volume put back where they were cut out: the way back from ``FILE.nii.gz::axial[40]``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from ldm.data.images import NIFTI_SUFFIXES, PLANES, read_header, split_reference
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a slice was cut out: a NIfTI file, a plane of :data:`ldm.data.images.PLANES`, and its number across it."""
+
+    path: Path
+    plane: str
+    index: int
+
+    @classmethod
+    def of(cls, ref: str) -> Cut | None:
+        """Of a reference to an image; None where it is no slice of a NIfTI file."""
+        path, selector = split_reference(ref)
+        match = re.fullmatch(r"(\w+)\[(\d+)\]", selector or "")
+        if match is None or match[1] not in PLANES or not path.name.lower().endswith(NIFTI_SUFFIXES):
+            return None
+        return cls(path, match[1], int(match[2]))
+
+
+def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float = 0.0) -> nib.Nifti1Image:
+    """A volume on the grid of the file that slices were cut from, with the slices in their places.
+
+    Args:
+        path: the file.
+        plane: which way they were cut.
+        slices: number -> ``(C, H, W)`` as :func:`ldm.data.images.read` gives slices, at full resolution.
+        fill: value of what is in none of them.
+
+    Returns:
+        ``(I, J, K)``, or ``(I, J, K, C)`` of several channels, along the axes of the file and with its affine.
+    """
+    header, first = read_header(path), next(iter(slices.values()))
+    orientation, axis = nib.io_orientation(header.affine), PLANES[plane]
+    shape = tuple(header.shape[1:][stored] for stored in np.argsort(orientation[:, 0]))  # along left, back, feet first
+    ras = np.full((len(first), *shape), fill, first.dtype)  # (C, *RAS)
+    for index, one in slices.items():
+        ras[(slice(None), *(index if i == axis else slice(None) for i in range(3)))] = np.rot90(one, -1, axes=(1, 2))
+    back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), orientation)
+    stored = np.stack([nib.apply_orientation(channel, back) for channel in ras], -1)  # (I, J, K, C)
+    image = nib.Nifti1Image(stored[..., 0] if len(first) == 1 else stored, header.affine)
+    code = int(header.facts["sform_code"] or header.facts["qform_code"])
+    image.set_sform(header.affine, code=code)
+    image.set_qform(header.affine, code=code)
+    image.header.set_xyzt_units("mm")
+    return image
