@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
+from ldm.commands.target import LABELS, Target, check_target, find_target
+from ldm.data.datamodule import CohortDataModule
 from ldm.errors import LdmError
 from ldm.model.build import PIXELS
 from ldm.model.file import load_matching, read_header, read_tensors
@@ -28,9 +30,11 @@ def run(config: DictConfig) -> dict[str, float]:
     if config.vae.network.kind == PIXELS:
         raise LdmError("vae=identity has nothing to train: go on with ldm train-ldm vae=identity.")
     check_trainer(plain(config.trainer))
+    check_target(config)
     datamodule = prepared(cohort_datamodule(config, config.vae.batch_size, config.vae.patch_size))
     write_config(config, run_dir)
-    module = build_vae(config, datamodule)
+    target = compressed(config, datamodule)
+    module = build_vae(config, datamodule, target)
     if config.vae.init_from and not (run_dir / "last.ckpt").is_file():
         header = read_header(config.vae.init_from, KIND)
         logger.info("Starting from %s (%s).", config.vae.init_from, header.get("cohort"))
@@ -40,7 +44,7 @@ def run(config: DictConfig) -> dict[str, float]:
         FirstStage(
             module.network,
             module.config,
-            datamodule.preprocessing,
+            target.preprocessing,
             {name.removeprefix("vae/val/"): value for name, value in metrics.items()},
             {
                 "cohort": datamodule.cohort.name,
@@ -56,7 +60,7 @@ def run(config: DictConfig) -> dict[str, float]:
         run_dir,
         {
             "network": module.config,
-            "preprocessing": datamodule.preprocessing.fingerprint(),
+            "preprocessing": target.preprocessing.fingerprint(),
             "split_sha256": datamodule.cohort.split_hash,
             "discriminator": plain(config.vae.discriminator) if module.loss["adversarial_weight"] else None,
         },
@@ -64,7 +68,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} vae",
         monitor="vae/val/psnr",
         loggers=loggers(config),
-        callbacks=[ReconstructionPanels(run_dir, datamodule.preprocessing.is_rgb)],
+        callbacks=[ReconstructionPanels(run_dir, target.preprocessing.is_rgb)],
     )
     logger.info(
         "First stage: PSNR %.2f dB, SSIM %.3f on held-out images. Model: %s",
@@ -75,10 +79,15 @@ def run(config: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def build_vae(config: DictConfig, datamodule) -> VAE:
+def compressed(config: DictConfig, datamodule: CohortDataModule) -> Target:
+    """The cohort's images, all channels; with ``ldm.target=labels`` the masks of its label maps."""
+    return find_target(config, datamodule) if config.ldm.target == LABELS else Target(datamodule.preprocessing)
+
+
+def build_vae(config: DictConfig, datamodule: CohortDataModule, target: Target) -> VAE:
     """The module for this cohort; says how strongly it compresses."""
     vae = plain(config.vae)
-    image_shape = datamodule.image_shape
+    image_shape = (len(target.preprocessing.channels), *datamodule.image_shape[1:])
     network = {**vae["network"], "in_channels": image_shape[0]}
     torch.manual_seed(config.seed)
     module = VAE(
@@ -87,9 +96,10 @@ def build_vae(config: DictConfig, datamodule) -> VAE:
         vae["optimizer"],
         vae["discriminator"],
         image_shape,
-        datamodule.preprocessing.value_range,
+        target.preprocessing.value_range,
         config.trainer.log_every,
         config.seed,
+        target.classes,
     )
     factor = module.network.downsampling_factor
     latent = (module.network.latent_channels, *(side // factor for side in image_shape[1:]))

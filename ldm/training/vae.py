@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError, nearest
 from ldm.latents.space import LatentSpace
 from ldm.metrics.grid import blockiness, pattern_share
@@ -58,6 +59,8 @@ class VAE(StageModule):
         image_range: the model's intensity range, for PSNR and SSIM; None (z-scores) takes the batch's own.
         image_shape: ``(C, *S)`` of a whole image, for the printed conversion of the KL weight.
         log_every: steps between two logged steps; gradient norms are measured then.
+        seed: of the posterior's noise.
+        targets: classes of the label maps whose masks are compressed in the place of images; None: images.
     """
 
     def __init__(
@@ -70,9 +73,10 @@ class VAE(StageModule):
         image_range: tuple[float, float] | None = (0.0, 1.0),
         log_every: int = 20,
         seed: int = 0,
+        targets: LabelClasses | None = None,
     ) -> None:
         super().__init__(optimizer, seed)
-        self.loss = _checked_loss(loss)
+        self.loss, self.targets = _checked_loss(loss), targets
         self.network = build_first_stage(network)
         self.config = dict(network)
         if "stem" in self.config:  # a file says which stem it has, whatever `auto` means to its reader
@@ -124,7 +128,7 @@ class VAE(StageModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """One batch: weighted sum of all terms, one backward pass."""
-        x = batch["image"]
+        x = self._compressed(batch)
         reconstruction, mean, std = self(x, self._noise(x))
         terms = self.loss_terms(x, reconstruction, mean, std)
         weights = self.loss_weights(terms)
@@ -143,6 +147,12 @@ class VAE(StageModule):
         clipped = self.step_optimizers(total, networks)
         if log_now and clipped is not None:
             self._log_training(loss, terms, weights, norms, clipped)
+
+    def _compressed(self, batch: Mapping[str, Any]) -> Tensor:
+        """Images ``(B, C, *S)``, or the masks of label maps ``(B, K, *S)``."""
+        if self.targets is None:
+            return batch["image"]
+        return torch.stack([self.targets.masks(labels) for labels in batch["labels"]])
 
     @property
     def adversarial_on(self) -> bool:
@@ -210,7 +220,7 @@ class VAE(StageModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """Held-out reconstruction from the posterior mean."""
-        x = batch["image"]
+        x = self._compressed(batch)
         reconstruction, mean, std = self(x)
         low, high = self.image_range or (float(x.min()), float(x.max()))
         reconstruction = reconstruction.clamp(low, high)
@@ -221,7 +231,7 @@ class VAE(StageModule):
                 float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
             )
             store["grid_pattern"].append(pattern_share(other - one, self.network.downsampling_factor))
-            store["blockiness"].append(blockiness(other) / blockiness(one))
+            store["blockiness"].append(blockiness(other) / (blockiness(one) or 1.0))  # 0: a mask that fills cells
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))

@@ -73,3 +73,24 @@ def test_volumes(ldm, tiny, tmp_path, cohort_root):
     code, text = ldm("evaluate", *tiny, "n=2")
     assert code
     assert "ldm segment evaluate=true" in text
+
+
+def test_label_maps_are_generated_in_the_latents_of_a_first_stage_of_masks(ldm, tiny, tmp_path, cohort_root):
+    tiny = [item for item in tiny if not item.startswith("ldm.condition.")]
+    tiny = [*tiny, "ldm=segmentation", "ldm.val_members=2", "trainer.max_steps=2", "trainer.val_every=2"]
+    for verb in ("train-vae", "train-ldm"):
+        code, text = ldm(verb, *tiny)
+        assert not code, text
+    model = LatentDiffusionModel.load(MODEL)
+    assert model.header["first_stage"]["in_channels"] == len(model.classes.names) == 4
+    assert model.preprocessing.value_range == (-1.0, 1.0)
+    assert tuple(model.latent_shape[1:]) != tuple(model.preprocessing.shape)
+    scan = next(cohort_root.glob("sub-*/anat/*_T1w.nii.gz"))
+    code, text = ldm("segment", f"model={MODEL}", f"images={scan}", "out=found", *FAST)
+    assert not code, text
+    dseg = nib.load("found/sub-000001_dseg.nii.gz")
+    assert dseg.shape == nib.load(scan).shape
+    assert set(np.unique(np.asarray(dseg.dataobj))) <= set(range(5))
+    code, text = ldm("train-ldm", *tiny, "ldm=covariates", "run_dir=other")
+    assert code
+    assert "prepared otherwise" in text
