@@ -298,7 +298,7 @@ def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, 
     assert not code, text
     assert "distances are left out" in text
     assert "distances" not in json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda config, device: Pooled())
+    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda *given: Pooled())
     monkeypatch.setattr("ldm.evaluation.distances.SMALLEST", 4)
     code, text = ldm(*request)
     assert not code, text
