@@ -22,6 +22,7 @@ from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
+from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError, nearest
 from ldm.evaluation.comparison import Measure, Row, markdown, over_models
 from ldm.evaluation.distances import (
@@ -109,7 +110,8 @@ class HeldOut:
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure every row and write ``compare.json``, ``compare.md`` and ``compare.png``; returns the table."""
     entries = read_entries(section(config, "models"))
-    network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu")
+    recipe = Preprocessing.from_dict(entries[0].header["preprocessing"])
+    network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu", recipe)
     if network is None:
         given = section(config, "features").get("path")
         raise LdmError(f"features.path={given}: without it nothing can be compared.")
@@ -230,6 +232,7 @@ def build_measure(
         value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))
     key = {
         "features": network.identity["sha256"],
+        **{name: network.identity[name] for name in ("shown", "resize", "planes") if name in network.identity},
         "instrument": instrument if found else None,
         "instrument_sha256": " ".join(read_header(path)["tensors_sha256"] for path in paths if path.is_file()) or None,
         "preprocessing": datamodule.preprocessing.fingerprint(),

@@ -63,7 +63,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{path} generates label maps; measure them with ldm segment evaluate=true, see ldm segment --help."
         )
     datamodule = model_cohort(config, model, path)
-    network = find_features(section(config, "features"), model.device)
+    network = find_features(section(config, "features"), model.device, model.preprocessing)
     if network is not None:
         check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
     instruments = find_instruments(

@@ -162,6 +162,8 @@ def compare(
     """
     n = min(len(reference), *(len(features) for features in sets.values()))
     axes, reduction = principal_directions(np.concatenate([reference, sets[floor][:n]]), n)
+    if "caution" in reduction:
+        logger.warning("%s", reduction["caution"])
     bandwidth = median_distance(reference)
     whose = numbered(None if subjects is None else subjects[:n], n), numbered(reference_subjects, len(reference))
     rows = {name: _row(reference, features[:n], axes, bandwidth, seed, whose) for name, features in sets.items()}
@@ -254,7 +256,7 @@ def principal_directions(real: np.ndarray, n: int) -> tuple[np.ndarray, dict[str
         n: images of each set.
 
     Returns:
-        ``(F, D)`` orthonormal columns, and a description.
+        ``(F, D)`` orthonormal columns, and a description, with a ``caution`` where there are more features than images.
     """
     size = real.shape[1]
     if n >= 2 * size:
@@ -262,11 +264,17 @@ def principal_directions(real: np.ndarray, n: int) -> tuple[np.ndarray, dict[str
     kept = min(max(2, n // 10), size)
     centred = real - real.mean(0)  # (R, F)
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    caution = (
+        f"There are more features ({size}) than images ({n}): the Fréchet distance is taken in {kept} directions, "
+        "is not the one over all features that is published elsewhere, and is blind to differences in others. "
+        "KID needs no covariance and sees all features."
+    )
     return directions[:kept].T, {
         "directions": kept,
         "of": size,
         "rule": "as n < 2 F, the first max(2, n / 10) principal directions of the features of all real images",
         "explained_variance": float(np.square(spread[:kept]).sum() / np.square(spread).sum()),
+        **({"caution": caution} if size > n else {}),
     }
 
 

@@ -13,13 +13,20 @@ from torch import Tensor
 
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError, nearest
+from ldm.evaluation.picture_features import LOADERS, load_picture_features, weights_file
 from ldm.model.file import tensors_hash
 from ldm.model.predictor import Predictor
 from ldm.networks.perceptual import levels, load_resnet
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("predictor", "medicalnet")
+KINDS = ("predictor", "medicalnet", *LOADERS)
+REMEDIES = {
+    "predictor": "Train one with `ldm train-predictor`, for the same data",
+    "medicalnet": "Download the MedicalNet weights",
+    "inception": "Download pt_inception-2015-12-05-6726825d.pth, the weights of the FID literature",
+    "dinov2": "Download config.json and model.safetensors of a DINOv2, e.g. dinov2-large, into one folder",
+}
 KEYS = ("kind", "path", "backbone")
 
 
@@ -28,7 +35,7 @@ class FeatureNetwork(Protocol):
 
     Attributes:
         identity: ``name``, ``sha256`` (of the tensors), ``kind``, ``spatial_dims``, ``trained_on``; goes beside every
-            number that is measured with it.
+            number that is measured with it. Networks for pictures add ``shown``, ``resize`` and ``planes``.
         preprocessing: how files become its input; None for a network that takes images however they were prepared.
     """
 
@@ -39,13 +46,16 @@ class FeatureNetwork(Protocol):
         """Features ``(B, F)`` of images ``(B, C, *S)`` in the model's value range."""
 
 
-def find_features(config: Mapping[str, Any], device: str | torch.device = "cpu") -> FeatureNetwork | None:
+def find_features(
+    config: Mapping[str, Any], device: str | torch.device = "cpu", preprocessing: Preprocessing | None = None
+) -> FeatureNetwork | None:
     """The network that a ``features`` section describes.
 
     Args:
         config: ``{kind: predictor, path: model.safetensors}`` (``ldm train-predictor``), or ``{kind: medicalnet, path:
-            weights, backbone: resnet10}``.
+            weights, backbone: resnet10}``, ``{kind: inception, path: weights}``, ``{kind: dinov2, path: folder}``.
         device: where it computes.
+        preprocessing: of the images; inception and dinov2 have to know their value range and whether they are RGB.
 
     Returns:
         None, with a warning that says what to run, when there is no such file.
@@ -61,13 +71,11 @@ def find_features(config: Mapping[str, Any], device: str | torch.device = "cpu")
     kind, path = config.get("kind"), config.get("path")
     if kind not in KINDS:
         raise LdmError(f"features.kind '{kind}' is unknown; legal: {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
-    if path is None or not Path(path).is_file():
-        remedy = {
-            "predictor": "train one with `ldm train-predictor`, for the same data",
-            "medicalnet": "download the MedicalNet weights",
-        }[kind]
-        logger.warning("There are no feature weights %s: distances are left out. %s.", path, remedy.capitalize())
+    if path is None or not weights_file(kind, path).is_file():
+        logger.warning("There are no feature weights %s: distances are left out. %s.", path, REMEDIES[kind])
         return None
+    if kind in LOADERS:
+        return load_picture_features(kind, path, device, preprocessing)
     if kind == "predictor":
         return PredictorFeatures(path, device)
     return MedicalNetFeatures(path, config.get("backbone") or "resnet10", device)

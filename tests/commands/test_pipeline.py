@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import wandb
+from transformers import Dinov2Config, Dinov2Model
 
 from ldm.data.images import read
 from ldm.errors import LdmError
@@ -279,35 +280,26 @@ def test_another_preparation_is_refused(trained, ldm):
 
 
 def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, tmp_path, monkeypatch):
-    class Pooled:
-        preprocessing = None
-        identity = {  # noqa: RUF012
-            "name": "pooled",
-            "sha256": "0" * 64,
-            "kind": "fake",
-            "spatial_dims": 3,
-            "trained_on": "nothing",
-        }
-
-        def __call__(self, images):
-            return torch.nn.functional.adaptive_avg_pool3d(images, 2).flatten(1)
-
     _, common = trained
     request = ("evaluate", *common, "n=4", "repeats=0", "steps=1", "run_dir=evaluation")
     code, text = ldm(*request)
     assert not code, text
     assert "distances are left out" in text
     assert "distances" not in json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda config, device: Pooled())
+    tiny = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    Dinov2Model(tiny).save_pretrained(tmp_path / "dinov2")
     monkeypatch.setattr("ldm.evaluation.distances.SMALLEST", 4)
-    code, text = ldm(*request)
+    code, text = ldm(*request, "features.kind=dinov2", f"features.path={tmp_path / 'dinov2'}")
     assert not code, text
     distances = json.loads((tmp_path / "evaluation/metrics.json").read_text())["distances"]
     assert distances["protocol"]["n"] == 4
     assert len(distances["rows"]) == 5
+    features = distances["protocol"]["features"]
+    assert features["planes"].startswith("3 slices across each axis")
     page = (tmp_path / "evaluation/report.html").read_text()
     assert "samples of the model</td>" in page
     assert "training split" in page
+    assert "more features (24) than images (4)" in page
 
     # the same noise with more steps beside: only what is new is drawn, and the same settings give the same distance
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluation/samples").glob("*.nii.gz")}

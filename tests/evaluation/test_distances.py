@@ -175,6 +175,16 @@ def test_few_images_are_compared_in_the_directions_in_which_the_reference_varies
     assert result["control_is_worse"]
 
 
+def test_more_features_than_images_are_cautioned_of_where_the_distance_stands(caplog):
+    rng = np.random.default_rng(0)
+    reference, sets = rng.standard_normal((60, 40)), {name: rng.standard_normal((30, 40)) for name in (FLOOR, CONTROL)}
+    caution = compare(reference, sets, FLOOR, CONTROL, {})["protocol"]["frechet"]["caution"]
+    assert caution.startswith("There are more features (40) than images (30)")
+    assert caution in caplog.text
+    fewer = {name: features[:, :30] for name, features in sets.items()}
+    assert "caution" not in compare(reference[:, :30], fewer, FLOOR, CONTROL, {})["protocol"]["frechet"]
+
+
 def test_a_distance_that_does_not_see_the_control_says_so():
     rng = np.random.default_rng(0)
     reference, good, bad = (rng.standard_normal((40, 3)) for _ in range(3))
@@ -293,7 +303,7 @@ def test_masks_and_mosaics_are_no_images_and_a_person_is_in_one_half(tmp_path):
 
 
 def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkeypatch):
-    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda config, device: Texture())
+    monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda *given: Texture())
     code, text = ldm("evaluate", f"real={folders[0]}", f"synthetic={folders[1]}", "run_dir=out")
     assert not code, text
     result = json.loads(Path("out/metrics.json").read_text())["distances"]
