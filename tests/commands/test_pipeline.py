@@ -289,7 +289,8 @@ def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, 
     tiny = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     Dinov2Model(tiny).save_pretrained(tmp_path / "dinov2")
     monkeypatch.setattr("ldm.evaluation.distances.SMALLEST", 4)
-    code, text = ldm(*request, "features.kind=dinov2", f"features.path={tmp_path / 'dinov2'}")
+    request = (*request, "features.kind=dinov2", f"features.path={tmp_path / 'dinov2'}")
+    code, text = ldm(*request)
     assert not code, text
     distances = json.loads((tmp_path / "evaluation/metrics.json").read_text())["distances"]
     assert distances["protocol"]["n"] == 4
