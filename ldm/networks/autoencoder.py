@@ -14,7 +14,7 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from torch import Tensor, nn
 
 from ldm.errors import LdmError, nearest
-from ldm.networks.stem import STEMS, BlockStem
+from ldm.networks.stem import STEMS, BlockStem, refinement
 
 
 class AutoencoderKL(MonaiAutoencoderKL):
@@ -88,7 +88,7 @@ class AutoencoderKL(MonaiAutoencoderKL):
         self.stem = None if stem == "none" else BlockStem(spatial_dims, stem)
         self.refine = None
         if self.stem is not None and refine_channels:
-            self.refine = _refinement(spatial_dims, in_channels, refine_channels)
+            self.refine = refinement(spatial_dims, in_channels, refine_channels)
         halvings = len(channels) - 1 + (self.stem is not None)
         self.downsampling_factor = 2**halvings
         if spatial_dims == 3:  # the layout in which CPU and GPU convolutions are fastest
@@ -118,14 +118,6 @@ class AutoencoderKL(MonaiAutoencoderKL):
         if self.stem is not None:
             x = self.stem.inverse(x)  # (B, C, D, H, W)
         return x if self.refine is None else x + self.refine(x)
-
-
-def _refinement(spatial_dims: int, channels: int, hidden: int) -> nn.Module:
-    conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
-    last = conv(hidden, channels, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(conv(channels, hidden, 3, padding=1), nn.SiLU(), last)
 
 
 class IdentityAutoencoder(nn.Module):

@@ -55,3 +55,12 @@ class BlockStem(nn.Module):
         channels = y.shape[1] // self.factor
         conv = F.conv_transpose3d if self.spatial_dims == 3 else F.conv_transpose2d
         return conv(y, self._kernel(channels, y), stride=2, groups=channels)
+
+
+def refinement(spatial_dims: int, channels: int, hidden: int) -> nn.Module:
+    """What is added behind an inverse stem at full resolution: zero at first, it lets neighbouring blocks agree."""
+    conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+    last = conv(hidden, channels, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(conv(channels, hidden, 3, padding=1), nn.SiLU(), last)
