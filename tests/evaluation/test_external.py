@@ -1,4 +1,4 @@
-"""Instruments that never saw the cohort: exact volumes on any grid, a program's table, and what is refused."""
+"""Instruments that were trained elsewhere: exact volumes on any grid, a program's table, and what is refused."""
 
 import csv
 import logging
