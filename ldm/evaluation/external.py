@@ -29,7 +29,8 @@ from ldm.networks.meshnet import MeshNet, load_meshnet, meshnet_files
 logger = logging.getLogger(__name__)
 
 PER_MM3 = {"mm3": 1.0, "ml": 1e-3, "cm3": 1e-3}
-CONFORMED, CONFORMED_SIZE = "LIA", 256  # orientation and sides, at 1 mm, of the volumes that FreeSurfer calls conformed
+CONFORMED = "LIA"  # orientation, at 1 mm, of the volumes that FreeSurfer calls conformed
+FOREGROUND = 0.02  # of the way from background to bright tissue: what is darker may be noise
 QUANTILES = (0.02, 0.98)
 MARGIN_MM = 8  # of background that is computed around a brain
 PROGRAM = "mri_synthseg"
@@ -150,13 +151,15 @@ def conformed_geometry(preprocessing: Preprocessing) -> Geometry:
 def scaled(volume: np.ndarray, background: float) -> tuple[np.ndarray, float] | None:
     """A conformed volume whose quantiles :data:`QUANTILES` are 0 and 1, float32, and what background becomes.
 
-    The quantiles are those of a whole volume with 256 voxels a side, as the networks were trained with, most of which
-    is background. None where both are one, as in an image of nothing.
+    The quantiles are those of the foreground: those of all voxels depend on how much air and skull is in the image, and
+    on brains without skulls the networks told white from grey matter less well with them.
+    None where nothing is brighter than the background, as in an image of nothing.
     """
-    rest = max(CONFORMED_SIZE**3 - volume.size, 0)
-    low, high = np.quantile(np.append(volume.ravel(), np.full(rest, background, np.float32)), QUANTILES)
-    if not low < high:
+    bright = np.quantile(volume, QUANTILES[1])
+    foreground = volume[volume > background + FOREGROUND * (bright - background)]
+    if not bright > background or np.ptp(foreground) == 0:
         return None
+    low, high = np.quantile(foreground, QUANTILES)
     return ((volume - low) / (high - low)).astype(np.float32), float((background - low) / (high - low))
 
 

@@ -39,11 +39,12 @@ def prepared(orientation="RAS", channels=("T1",), shape=SHAPE, spacing=2.0):
 
 @pytest.fixture
 def threshold(tmp_path):
-    """Section of a network of one layer, which calls everything brighter than a third of the range brain.
+    """Section of a network of one layer, which calls everything brain that is brighter than a tenth of the range.
 
-    Between voxels 2 mm apart the corners of a box, at 1 mm, have 0.42 of its value, what is outside at most 0.25.
+    Between voxels 2 mm apart the corners of a box, at 1 mm, have 0.42 of its value. What is outside has 0.25 or less,
+    in so many voxels that it is also the lower end of the range.
     """
-    arrays = {"0.weight": np.array([0, 1], np.float32).reshape(2, 1, 1, 1, 1), "0.bias": np.float32([0, -1 / 3])}
+    arrays = {"0.weight": np.array([0, 1], np.float32).reshape(2, 1, 1, 1, 1), "0.bias": np.float32([0, -0.1])}
     path = write_meshnet(tmp_path / "threshold.npz", [layer(1, 2, kernel=1)], arrays)
     measures = {"brain_mm3": ["brain"], "brain_ml": ["brain"]}
     return {"kind": "meshnet", "path": str(path), "classes": ["outside", "brain"], "measures": measures}
