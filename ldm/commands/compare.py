@@ -36,7 +36,7 @@ from ldm.evaluation.distances import (
     prior_images,
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
-from ldm.evaluation.instruments import find_instruments, instrument_sections, merged
+from ldm.evaluation.instruments import find_instruments, instrument_hashes, merged
 from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
 from ldm.model.file import package_versions, read_header
@@ -226,7 +226,6 @@ def build_measure(
     """What all rows share, and what they are kept under."""
     instrument = plain(config.data).get("instrument")
     found = find_instruments(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
-    paths = [Path(section["path"]) for section in instrument_sections(instrument) if section.get("path")]
     value_range = datamodule.preprocessing.value_range
     if value_range is None:
         value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))
@@ -234,7 +233,7 @@ def build_measure(
         "features": network.identity["sha256"],
         **{name: network.identity[name] for name in ("shown", "resize", "planes") if name in network.identity},
         "instrument": instrument if found else None,
-        "instrument_sha256": " ".join(read_header(path)["tensors_sha256"] for path in paths if path.is_file()) or None,
+        "instrument_sha256": instrument_hashes(instrument),
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "split": datamodule.cohort.split_hash,
         "records": content_hash(datamodule.cohort.records),

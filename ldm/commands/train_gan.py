@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
 from ldm.data.datamodule import CohortDataModule
-from ldm.evaluation.instruments import find_instruments, merged
+from ldm.evaluation.instruments import find_instruments, merged, quick_sections
 from ldm.model.gan import GAN
 from ldm.training.fit import check_trainer, fit
 from ldm.training.gan import LSGAN, MODULES
@@ -115,7 +115,8 @@ def build_module(config: DictConfig, datamodule: CohortDataModule, model: GAN) -
 def panels(config: DictConfig, datamodule: CohortDataModule, model: GAN) -> list[FigureCallback]:
     """Fixed-seed samples at covariates of held-out subjects and, of a VAE-GAN, reconstructions."""
     rows = [dict(record.covariates) for record in datamodule.cohort.split("valid")[: config.gan.val_samples]]
-    found = find_instruments(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    sections = quick_sections(plain(config.data).get("instrument"))
+    found = find_instruments(sections, datamodule.preprocessing, datamodule.schema)
     figures: list[FigureCallback] = [SamplePanels(config.run_dir, rows, None, merged(found), group="gan", drawn=DRAWN)]
     if model.reconstructs:
         figures.insert(0, ReconstructionPanels(config.run_dir, model.preprocessing.is_rgb, "gan", drawn=()))

@@ -26,7 +26,7 @@ from ldm.data.schema import CovariateSchema
 from ldm.diffusion.checks import check_count
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instruments, merged
+from ldm.evaluation.instruments import find_instruments, merged, quick_sections
 from ldm.latents.cache import PosteriorCache
 from ldm.latents.space import LatentSpace
 from ldm.model.build import PIXELS, construct
@@ -329,7 +329,8 @@ def panels(
     records = [valid[case * len(valid) // shown] for case in range(shown)]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
-    found = find_instruments(plain(config.data).get("instrument"), datamodule.preprocessing, datamodule.schema)
+    sections = quick_sections(plain(config.data).get("instrument"))
+    found = find_instruments(sections, datamodule.preprocessing, datamodule.schema)
     return SamplePanels(run_dir, rows, config.ldm.val_steps, merged(found), inputs)
 
 

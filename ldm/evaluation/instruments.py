@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,19 @@ import torch
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError, nearest
+from ldm.evaluation.external import meshnet_instrument, synthseg_instrument, synthseg_program, units_per_mm3
 from ldm.evaluation.ventricles import measure_ventricles
+from ldm.model.file import read_header
 from ldm.model.predictor import Predictor
 from ldm.model.segmenter import Segmenter
+from ldm.networks.meshnet import meshnet_files
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("ventricles", "segmenter", "predictor")
+EXTERNAL = {"meshnet": meshnet_instrument, "synthseg": synthseg_instrument}
+KINDS = ("ventricles", "segmenter", "predictor", *EXTERNAL)
 KEYS = ("kind", "path", "measures")
-PER_MM3 = {"mm3": 1.0, "ml": 1e-3, "cm3": 1e-3}
+FURTHER_KEYS = {"meshnet": ("classes",), "synthseg": ("robust", "threads", "timeout_s")}
 SHARED = ("spatial_dims", "orientation", "spacing", "intensity", "channels")  # what images of two recipes must share
 Instrument = Callable[[np.ndarray], dict[str, float | str]]
 
@@ -33,6 +38,33 @@ Sections = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # of ``data.i
 def instrument_sections(config: Sections) -> list[Mapping[str, Any]]:
     """The sections of ``data.instrument``, which is one, a list of them, or None."""
     return [] if config is None else [config] if isinstance(config, Mapping) else list(config)
+
+
+def quick_sections(config: Sections) -> list[Mapping[str, Any]]:
+    """Those that may measure while a model trains: external ones take seconds to minutes an image."""
+    return [
+        one for one in instrument_sections(config) if not (isinstance(one, Mapping) and one.get("kind") in EXTERNAL)
+    ]
+
+
+def instrument_hashes(config: Sections) -> str | None:
+    """SHA-256 of the weights, or the program, behind each section whose files are there; None where no section is.
+
+    Of a ``model.safetensors`` that of its tensors, of a meshnet that of its two files, one after the other.
+    """
+    found = [_hash(section) for section in instrument_sections(config)]
+    return " ".join(one for one in found if one) or None
+
+
+def _hash(section: Mapping[str, Any]) -> str | None:
+    kind, path = section.get("kind"), section.get("path")
+    if kind in ("segmenter", "predictor") and path and Path(path).is_file():
+        return read_header(Path(path))["tensors_sha256"]
+    program = synthseg_program(section) if kind == "synthseg" else None
+    files = meshnet_files(path) if kind == "meshnet" and path else [Path(program)] if program else []
+    if not files or not all(file.is_file() for file in files):
+        return None
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def find_instruments(
@@ -80,7 +112,8 @@ def find_instrument(
     Args:
         config: ``{kind: ventricles}`` (simulated brains), ``{kind: segmenter, path: model.safetensors, measures:
             {covariate: [classes whose volumes add up to it]}}`` (without ``measures``: none), ``{kind: predictor,
-            path: model.safetensors, measures: [covariates]}`` (without ``measures``: all that it predicts), or None.
+            path: model.safetensors, measures: [covariates]}`` (without ``measures``: all that it predicts), or None;
+            ``{kind: meshnet, ...}`` and ``{kind: synthseg, ...}`` are described in :mod:`ldm.evaluation.external`.
         preprocessing: of the images that will be measured.
         schema: gives the unit or the levels of each covariate.
         split_sha256: of the cohort, where the instrument's own error on held-out images is of interest: a warning says
@@ -102,11 +135,25 @@ def find_instrument(
     if kind not in KINDS:
         hint = nearest(str(kind), KINDS)
         raise LdmError(f"data.instrument.kind '{kind}' is unknown; legal: {', '.join(KINDS)}.{hint}")
+    legal = (*KEYS, *FURTHER_KEYS.get(kind, ()))
     for key in config:
-        if key not in KEYS:
-            raise LdmError(f"data.instrument.{key} is not a setting.{nearest(key, KEYS)} Legal: {', '.join(KEYS)}.")
+        if key not in legal:
+            raise LdmError(f"data.instrument.{key} is not a setting.{nearest(key, legal)} Legal: {', '.join(legal)}.")
     if kind == "ventricles":
         return _ventricles(preprocessing)
+    if kind in EXTERNAL:
+        return EXTERNAL[kind](config, preprocessing, schema)
+    return _trained(kind, config, preprocessing, schema, split_sha256)
+
+
+def _trained(
+    kind: str,
+    config: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    schema: CovariateSchema,
+    split_sha256: str | None,
+) -> Instrument | None:
+    """The instrument of a model file of ``ldm train-segmenter`` or ``train-predictor``; see :func:`find_instrument`."""
     if not config.get("path"):
         raise LdmError(f"data.instrument.path is not set; it names the model file that ldm train-{kind} writes.")
     path = Path(config["path"])
@@ -142,16 +189,10 @@ def _ventricles(preprocessing: Preprocessing) -> Instrument:
 def _segmenter(
     segmenter: Segmenter, path: Path, measures: Mapping[str, Sequence[str]], schema: CovariateSchema
 ) -> Instrument:
-    scale = {}
-    for name, classes in measures.items():
-        unit = schema[name].unit
-        if unit not in PER_MM3:
-            raise LdmError(f"data.covariates.{name}.unit is {unit!r}; a measured volume is in {', '.join(PER_MM3)}.")
-        for label in classes:
-            if label not in segmenter.labels.names:
-                known = segmenter.labels.names
-                raise LdmError(f"{path} has no class '{label}'.{nearest(label, known)} It has: {', '.join(known)}.")
-        scale[name] = PER_MM3[unit]
+    scale, known = units_per_mm3(measures, schema), segmenter.labels.names
+    for label in (label for classes in measures.values() for label in classes):
+        if label not in known:
+            raise LdmError(f"{path} has no class '{label}'.{nearest(label, known)} It has: {', '.join(known)}.")
 
     def measure(image: np.ndarray) -> dict[str, float]:
         volumes = segmenter.volumes(image)

@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instrument, find_instruments, merged
+from ldm.evaluation.instruments import find_instrument, find_instruments, instrument_hashes, merged
 from tests.model.test_predictor import SCHEMA, predictor
 
 
@@ -69,5 +69,7 @@ def test_several_instruments_are_a_list(made):
     assert list(find_instruments(config, made.preprocessing, SCHEMA)) == ["predictor"]  # one mapping, as before
     assert find_instruments(None, made.preprocessing, SCHEMA) == {}
     assert merged({}) is None
+    assert instrument_hashes(both) == f"{made.sha256} {made.sha256}"
+    assert instrument_hashes(None) is None
     with pytest.raises(LdmError, match="each instrument is a mapping"):
         find_instruments(["predictor"], made.preprocessing, SCHEMA)
