@@ -26,7 +26,7 @@ from ldm.evaluation.features import check_features, find_features
 from ldm.evaluation.fidelity import ImageSet, fidelity
 from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.goals import check_goals
-from ldm.evaluation.instruments import Instrument, find_instruments, merged
+from ldm.evaluation.instruments import Instrument, find_instruments, instrument_hashes, merged
 from ldm.evaluation.masks import mask_dice, mask_segmenter
 from ldm.evaluation.pictures import pictures
 from ldm.evaluation.reconstruction import quality, reconstructions
@@ -96,6 +96,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         "ms_ssim": within(real, rebuilt, once, further, value_range, config),
     }
     if instruments:
+        sections = plain(config.data).get("instrument")
+        metrics["instruments"] = {"data.instrument": sections, "sha256": instrument_hashes(sections)}
         metrics["fidelity"] = fidelity(instruments, model.schema, real, samples, folder / "figures", further)
     if "mask" in model.header.get("conditioners", {}):
         subjects = [i % len(real) for i in range(config.n)]

@@ -126,6 +126,7 @@ def _protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Title -> what the numbers depend on."""
     parts = {
         "Distances": metrics.get("distances", {}).get("protocol"),
+        "Instruments": metrics.get("instruments"),
         "Likeness (MS-SSIM)": metrics.get("ms_ssim", {}).get("protocol"),
         "Images": {name: metrics[name] for name in ("n", "seeds", "split_sha256", "model_sha256") if name in metrics},
         "Goals": metrics.get("goals"),
