@@ -20,7 +20,7 @@ ROOMS = (
     "applications",
     "commands",
 )
-FREE = {"errors", "files", "precision", "__version__"}
+FREE = {"errors", "files", "precision", "source", "__version__"}
 FORBIDDEN = {
     "networks": {"pytorch_lightning", "hydra"},
     "diffusion": {"pytorch_lightning", "hydra", "monai", "nibabel"},

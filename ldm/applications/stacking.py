@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def stack_results(out: Path, records: Sequence[Record], source: Source) -> Path 
     """Write the results of slices as NIfTI files beside them, one set for every volume that slices were cut from.
 
     ``stacked/NAME_dseg.nii.gz`` and the others of :func:`ldm.applications.segmentation.segment`, in the space of the
-    volume, and ``stacked/volumes.tsv`` in mm3. Slices that were not segmented are background, and count for nothing.
+    volume, and ``stacked/volumes.tsv`` in mm3. Slices that were not segmented are background and count for nothing;
+    what is not known of them (mean, variance, entropy) is NaN. Volumes have an interval only where a member is one
+    network: members of a diffusion model, or by dropout, are drawn slice by slice, so that sums would seem surer
+    than they are.
 
     Args:
         out: what :func:`ldm.applications.segmentation.segment` wrote.
@@ -35,7 +39,8 @@ def stack_results(out: Path, records: Sequence[Record], source: Source) -> Path 
     for name, (cut, stack) in named_stacks(records).items():
         results = {index: read_result(out, record, source) for index, record in stack.items()}
         whole = _write_stack(out / FOLDER, name, cut, results, source)
-        rows += [{"participant_id": name, **row} for row in volumes(whole, source.classes)]
+        unknown = {} if source.facts["kind"] == "deep ensemble" else {"low": "n/a", "high": "n/a"}
+        rows += [{"participant_id": name, **row, **unknown} for row in volumes(whole, source.classes)]
     if not rows:
         return None
     table = [[f"{v:.6g}" if isinstance(v := row[column], float) else v for column in COLUMNS] for row in rows]
@@ -59,8 +64,9 @@ def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Re
         index, record = next(iter(stack.items()))
         end = f"_{plane}{index:03}"
         name = record.id.removesuffix(end) if record.id.endswith(end) else record.subject
-        number = sum(other == name or other.startswith(f"{name}_volume") for other in named)
-        named[f"{name}_volume{number + 1}" if number else name] = Cut(path, plane, index), stack
+        numbered = (f"{name}_volume{number}" for number in itertools.count(2))
+        free = next(one for one in itertools.chain([name], numbered) if one not in named)
+        named[free] = Cut(path, plane, index), stack
     return named
 
 
@@ -78,7 +84,8 @@ def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result
         "entropy": {index: one.entropy[None].astype(np.float32) for index, one in results.items()},
     }
     for part, slices in parts.items():
-        images.write(folder / f"{name}_{part}.nii.gz", put_back(cut.path, cut.plane, slices))
+        fill = 0 if part in ("dseg", "members") else np.nan
+        images.write(folder / f"{name}_{part}.nii.gz", put_back(cut.path, cut.plane, slices, fill))
     labels = np.stack([one.labels for one in results.values()])  # (N, H, W)
     members = np.stack([one.members for one in results.values()], 1)  # (M, N, H, W)
     spacing = tuple(images.read_header(cut.path).facts["spacing"])

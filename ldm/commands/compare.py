@@ -16,7 +16,7 @@ from rich.progress import track
 
 from ldm.commands.held_out import expect_a_split, held_out, read_sample
 from ldm.commands.run import plain, section
-from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
+from ldm.commands.sample import SAMPLING_KEYS, draw, expect_known_options, sampling_options
 from ldm.commands.sampler_table import device_in_words, seconds_a_sample
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
 from ldm.data.cache import content_hash
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 8  # columns of the picture
 REFERENCE = "training images"
 PREPARED = ("orientation", "spacing", "shape", "intensity")  # what all models have to share with the cohort
-ENTRY_KEYS = ("path", *OPTIONS, "eta")
+ENTRY_KEYS = ("path", *SAMPLING_KEYS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Entry:
     path: Path
     options: Mapping[str, Any]
     header: Mapping[str, Any] = field(repr=False)
-    group: str = ""
+    group: str
 
     @functools.cached_property
     def model(self) -> Generative:

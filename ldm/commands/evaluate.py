@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.commands.held_out import held_out_set, model_cohort, read_sample
 from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import draw, load_model, sampling_options
-from ldm.commands.sampler_table import DEFAULT, draw_samplers, read_samplers, sampler_table
+from ldm.commands.sampler_table import CONFIGURED, draw_samplers, read_samplers, sampler_table
 from ldm.commands.stages import record_inputs
 from ldm.data.draft import Record
 from ldm.errors import LdmError
@@ -72,7 +72,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         datamodule.schema,
         datamodule.cohort.split_hash,
     )
-    samplers = read_samplers(config, model)
+    samplers = read_samplers(config, model, seeds[0])
     axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, datamodule.cohort.split("train"))
     real, records = held_out_set(datamodule, model.preprocessing.channels, config.n)
     samples, further = generated(model, path, config, real, records, seeds)
@@ -117,11 +117,12 @@ def run(config: DictConfig) -> dict[str, Any]:
             config.seed,
             more,
             real.subjects,
-            {name: one.images for name, one in drawn_otherwise.items() if name != DEFAULT},
+            {name: one.images for name, one in drawn_otherwise.items()},
         )
     if samplers:
         rows = (metrics.get("distances") or {}).get("rows", {})
-        metrics["samplers"] = sampler_table(samplers, drawn_otherwise, model, merged(instruments), inputs, rows)
+        everything = {CONFIGURED: config, **samplers}, {CONFIGURED: once, **drawn_otherwise}
+        metrics["samplers"] = sampler_table(*everything, model, merged(instruments), inputs, rows)
     pictures(model, real, samples, folder / "figures", value_range)
     keep_curves(model, config, folder / "figures")
     keep_audit(model, config, folder)
@@ -328,18 +329,24 @@ def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
 
     The pictures of the nearest pairs, which show training scans, come along only with ``audit_pictures``.
     """
-    for picture in (folder / "figures").glob(NEAREST.format("*")):
-        picture.unlink()
     if config.audit is None or not Path(config.audit).is_file():
         return
     content = read_json(Path(config.audit), "an audit")
     if content.get("model_sha256") == model.header["tensors_sha256"]:
+        keep_nearest(Path(config.audit).parent, folder, config.audit_pictures)
         write_json(folder / "audit.json", content)
-        pictures = Path(config.audit).parent.glob(f"figures/{NEAREST.format('*')}") if config.audit_pictures else ()
-        for picture in pictures:
-            figures.copy(picture, folder / "figures" / picture.name)
     else:
         logger.warning("%s is not of this model (ldm audit): it is not in the report.", config.audit)
+
+
+def keep_nearest(source: Path, folder: Path, wanted: bool) -> None:
+    """Have an audit's pictures in the figures of the evaluation, or not; where both are in one folder leave them."""
+    if source.resolve() == folder.resolve():
+        return
+    for picture in (folder / "figures").glob(NEAREST.format("*")):
+        picture.unlink()
+    for picture in source.glob(f"figures/{NEAREST.format('*')}") if wanted else ():
+        figures.copy(picture, folder / "figures" / picture.name)
 
 
 def describe_model(model: Generative, config: DictConfig) -> dict[str, Any]:

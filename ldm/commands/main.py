@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from ldm.commands.overrides import check_overrides, quote_templates, replace_free_form
 from ldm.commands.run import run_folder
 from ldm.errors import LdmError, nearest
+from ldm.source import source_commit
 
 VERBS = {
     "check": "read every file of a cohort and report all faults",
@@ -108,6 +109,7 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
     def task(config: DictConfig) -> object:
         sys.argv = original  # Lightning starts further ranks with the command that was typed
         function = verb_function(verb)
+        source_commit()  # now, while it is that of the code that was imported
         configure_logging()  # after the imports, for some libraries set levels of their own
         try:
             with run_folder(config):

@@ -39,6 +39,7 @@ OPTIONS = {
     "guidance_rescale": "guidance_rescale",
     "timestep_spacing": "timestep_spacing",
 }
+SAMPLING_KEYS = (*OPTIONS, "eta")  # all settings of how images are drawn
 
 
 def run(config: DictConfig) -> list[Path]:

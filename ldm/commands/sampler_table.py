@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,46 +12,48 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.commands.held_out import read_sample
 from ldm.commands.run import section
-from ldm.commands.sample import OPTIONS, draw, expect_known_options, sampling_options
+from ldm.commands.sample import SAMPLING_KEYS, draw, expect_known_options, sampling_options
 from ldm.errors import LdmError, nearest
-from ldm.evaluation.comparison import agreements
+from ldm.evaluation.comparison import agreements, file_slug
 from ldm.evaluation.distances import OTHER, SAMPLES
 from ldm.evaluation.fidelity import ImageSet
 from ldm.evaluation.instruments import Instrument
 from ldm.model.generative import Generative
 from ldm.model.output import image_paths, sample_name
 
-KEYS = (*OPTIONS, "eta")
-DEFAULT = "as configured"
+CONFIGURED = "as configured"
 
 
-def read_samplers(config: DictConfig, model: Generative) -> dict[str, DictConfig]:
-    """Name -> the evaluation's settings with those of ``samplers.<name>`` over them; its own come first.
+def read_samplers(config: DictConfig, model: Generative, seed: int) -> dict[str, DictConfig]:
+    """Name -> the evaluation's settings with those of ``samplers.<name>`` in their places.
 
-    Empty if no samplers are asked for.
+    Args:
+        config: of the evaluation.
+        model: that draws.
+        seed: of the noise of all of them.
 
     Raises:
-        LdmError: a setting that is none of sampling, or that the model does not know; two names of one folder.
+        LdmError: a setting that is none of sampling, or that the model does not know; a name that is taken.
     """
-    asked = section(config, "samplers")
-    found: dict[str, DictConfig] = {DEFAULT: config} if asked else {}
-    for name, given in asked.items():
+    found = {}
+    for name, given in section(config, "samplers").items():
+        where = f"samplers.{name}"
         if not isinstance(given, Mapping):
-            raise LdmError(f"samplers.{name} is {given!r}; give settings of ldm sample, e.g. {{steps: 10}}.")
+            raise LdmError(f"{where} is {given!r}; give settings of ldm sample, e.g. {{steps: 10}}.")
         for key in given:
-            if key not in KEYS:
-                raise LdmError(f"samplers.{name}.{key} is not a setting.{nearest(key, KEYS)} Legal: {', '.join(KEYS)}.")
-        if slug(name) in map(slug, found):
-            raise LdmError(f"samplers.{name}: another row is called like this; choose another name.")
-        found[name] = OmegaConf.merge(config, dict(given))
-        expect_known_options(model, found[name])
-        model.settings(sampling_options(found[name]))
+            if key not in SAMPLING_KEYS:
+                legal = ", ".join(SAMPLING_KEYS)
+                raise LdmError(f"{where}.{key} is not a setting.{nearest(key, SAMPLING_KEYS)} Legal: {legal}.")
+        if str(name) == CONFIGURED:
+            raise LdmError(f"{where}: the first row is called like this; choose another name.")
+        replaced = {**OmegaConf.to_container(config, resolve=True), **given, "seed": seed}
+        found[str(name)] = OmegaConf.create(replaced)
+        try:
+            expect_known_options(model, found[str(name)])
+            model.settings(sampling_options(found[str(name)]))
+        except LdmError as error:
+            raise LdmError(f"{where}: {error}") from error
     return found
-
-
-def slug(name: str) -> str:
-    """A row's name as that of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
 
 
 def draw_samplers(
@@ -62,13 +63,10 @@ def draw_samplers(
     configured: ImageSet,
     inputs: Mapping[str, Sequence[Any]],
 ) -> dict[str, ImageSet]:
-    """Name -> images of the covariates and noise of ``configured``, which are those of the first; through files."""
+    """Name -> images of the covariates and noise of ``configured``, through files."""
     found = {}
     for name, config in samplers.items():
-        if name == DEFAULT:
-            found[name] = configured
-            continue
-        folder = Path(config.run_dir) / "samplers" / slug(name)
+        folder = Path(config.run_dir) / "samplers" / file_slug(name)
         draw(model, path, folder, [dict(row) for row in configured.rows], config, inputs)
         images = [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(configured))]
         found[name] = ImageSet(images, configured.rows, configured.subjects)
@@ -86,7 +84,7 @@ def sampler_table(
     """What ``metrics.json`` holds under ``samplers``.
 
     Args:
-        samplers: name -> settings.
+        samplers: name -> settings; :data:`CONFIGURED` -> those of the evaluation.
         drawn: name -> what was drawn with these.
         model: that drew.
         instrument: measures covariates; None without one.
@@ -103,13 +101,14 @@ def sampler_table(
         size = min(config.batch_size, len(one))
         given = {key: values[:size] for key, values in inputs.items()}
         settings = vars(model.settings(options)).items()
+        agreement = {}
+        if instrument is not None:
+            agreement = agreements(instrument, model.schema, one.rows, one.images, one.subjects)
         table[name] = {
             "sampling": ", ".join(f"{key} {value}" for key, value in settings if value is not None),
             "seconds_a_sample": seconds_a_sample(model, one.rows[:size], given, options),
-            "agreement": {}
-            if instrument is None
-            else agreements(instrument, model.schema, one.rows, one.images, one.subjects),
-            "distance": rows.get(SAMPLES if name == DEFAULT else OTHER.format(name)),
+            "agreement": agreement,
+            "distance": rows.get(SAMPLES if name == CONFIGURED else OTHER.format(name)),
         }
     return {"rows": table, "timed_on": device_in_words(model)}
 

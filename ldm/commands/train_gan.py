@@ -68,7 +68,7 @@ def build_model(config: DictConfig, datamodule: CohortDataModule) -> GAN:
         "split_sha256": datamodule.cohort.split_hash,
         "method": gan["method"],
         "network": {
-            **gan["network"],
+            **{name: value for name, value in gan["network"].items() if (name, value) != ("stem", "none")},
             "spatial_dims": config.data.spatial_dims,
             "out_channels": channels,
             "image_size": size,

@@ -183,6 +183,14 @@ def describe_conditioners(
     return conditioners if frozen is None else {**frozen.header.get("conditioners", {}), **as_control(conditioners)}
 
 
+def sampling_defaults(sampling: Mapping[str, Any], target: Target, first_stage: FirstStage) -> dict[str, Any]:
+    """``ldm.sampling``; without ``clip`` where label maps are generated in latents, which masks do not bound."""
+    if target.classes is None or first_stage.config["kind"] == PIXELS:
+        return dict(sampling)
+    options = {name: value for name, value in (sampling["options"] or {}).items() if name != "clip"}
+    return {**sampling, "options": options or None}
+
+
 def build_model(
     config: DictConfig,
     datamodule: CohortDataModule,
@@ -211,7 +219,7 @@ def build_model(
         "prediction_type": ldm["prediction_type"],
         "learned_variance": ldm["learned_variance"],
         "loss": ldm["loss"],
-        "sampling": ldm["sampling"],
+        "sampling": sampling_defaults(ldm["sampling"], target, first_stage),
         "metrics": {},
         "seed": config.seed,
     }

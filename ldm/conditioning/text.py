@@ -42,7 +42,7 @@ class WordPiece:
         try:
             from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
         except ImportError as error:
-            raise LdmError("Text conditions need the package tokenizers: pip install 'ldm[text]'.") from error
+            raise LdmError("Text conditions need the package tokenizers: pip install -e '.[text]'.") from error
         self.numbers = {token: number for number, token in enumerate(vocabulary)}
         missing = [token for token in SPECIAL if token not in self.numbers]
         if missing:

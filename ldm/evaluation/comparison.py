@@ -40,6 +40,12 @@ HEADINGS = (
 )
 
 
+def file_slug(name: str, key: str | None = None) -> str:
+    """A name as that of a file, told from others by the hash of ``key``, or of itself."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{slug}-{hashlib.sha256((key or name).encode()).hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One set of images, measured.
@@ -80,8 +86,7 @@ class Measure:
     def file_name(self, name: str, key: Mapping[str, Any]) -> str:
         """A name for what belongs to a row, which no other row has and a row of another key neither."""
         text = json.dumps({**self.key, **key, "row": name}, sort_keys=True, default=str)
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return file_slug(name, text)
 
     def row(
         self,

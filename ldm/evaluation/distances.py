@@ -44,7 +44,7 @@ RECONSTRUCTED = "held-out images, reconstructed"
 PRIOR = "first stage alone: decoded draws of N(0, I)"
 SAMPLES = "samples of the model"
 FURTHER = "samples, seed {}"
-OTHER = "samples, {}"
+OTHER = "samples, drawn as: {}"
 
 # which way is better, of every metric of a row
 BETTER = {"frechet": -1, "kid": -1, "mmd": -1, "precision": 1, "recall": 1, "density": 1, "coverage": 1}

@@ -183,7 +183,7 @@ def load_dinov2(folder: Path) -> nn.Module:
         from transformers import Dinov2Config, Dinov2Model
     except ImportError as error:
         raise LdmError(
-            f"features.kind=dinov2 needs the package transformers: pip install 'ldm[features]' ({error})."
+            f"features.kind=dinov2 needs the package transformers: pip install -e '.[features]' ({error})."
         ) from error
     architecture = _architecture(folder / CONFIG)
     try:
@@ -193,9 +193,9 @@ def load_dinov2(folder: Path) -> nn.Module:
         )
     except Exception as error:  # transformers raises many types for files that are broken or of another network
         raise LdmError(f"features.path={folder}: cannot be read as a DINOv2 ({error}).") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise LdmError(f"features.path={folder}: {WEIGHTS} lacks {missing[0]} and {len(missing) - 1} other tensors.")
+    for fault, names in (("lacks", found["missing_keys"]), ("has, unlike its " + CONFIG, found["unexpected_keys"])):
+        if names:
+            raise LdmError(f"features.path={folder}: {WEIGHTS} {fault}: {', '.join(sorted(names)[:3])}.")
     return model.float().requires_grad_(False).eval()
 
 

@@ -95,7 +95,7 @@ def draw_ensembles(
         LdmError: the model generates images, or ``members`` is below 1.
     """
     if model.classes is None:
-        raise LdmError("This model generates images, not label maps; train one with ldm=segmentation vae=identity.")
+        raise LdmError("This model generates images, not label maps; train one with ldm=segmentation.")
     if members < 1:
         raise LdmError(f"members is {members}; legal: 1 or more, 5 in the paper.")
     if not images:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ldm.errors import LdmError
 from ldm.networks.frozen import frozen_tensors
 from ldm.networks.tensors import differences
+from ldm.source import source_commit
 
 logger = logging.getLogger(__name__)
 
@@ -132,23 +132,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@functools.cache
-def source_commit() -> str | None:
-    """Commit of the working copy that this package runs from, with ``-dirty`` when files differ from it.
-
-    Returns:
-        None for an installed package, or without git.
-    """
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def package_versions() -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 The network is that of the TensorFlow graph of 2015-12-05 (Heusel et al. 2017), which pools otherwise than later ones at
 borders and in the last block. Names of tensors are those of the PyTorch file that it was converted into,
-``pt_inception-2015-12-05-6726825d.pth``. The packages that read this file, ``torch-fidelity`` and ``pytorch-fid``, need
-a torchvision that was built for the very torch that is installed (beside another one Lightning cannot be imported), so
-the network is written here; its features are those of ``torch-fidelity`` 0.4 to the bit.
+``pt_inception-2015-12-05-6726825d.pth``. The packages that read this file, ``torch-fidelity`` and ``pytorch-fid``,
+load it as a pickle and need torchvision; so the network is written here. Its features are those of ``torch-fidelity``.
 """
 
 from __future__ import annotations

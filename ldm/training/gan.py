@@ -162,7 +162,7 @@ class LSGAN(StageModule):
         condition = self.network.conditioners.drop({COVARIATES: batch["covariates"]}, draws["hide"])
         terms, scores = self.loss_terms(x, condition, draws)
         loss = self.weighted(terms)
-        total = loss + terms["discriminator"] + self.loss["r1_weight"] * terms["r1"]
+        total = loss + self.of_discriminator(terms)
         terms = {name: term.detach() for name, term in terms.items()}
         self.require_finite(total.detach(), terms, batch["index"])
         norms = self.step_optimizers(total, [self.network, self.discriminator])
@@ -181,6 +181,11 @@ class LSGAN(StageModule):
         own = (name for name in terms if name not in DISCRIMINATOR_TERMS)
         return sum(self.loss[f"{name}_weight"] * terms[name] for name in own)
 
+    def of_discriminator(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The discriminator's loss, with its penalty if there is one."""
+        penalty = self.loss["r1_weight"] * terms["r1"] if "r1" in terms else 0.0
+        return terms["discriminator"] + penalty
+
     def loss_terms(
         self, x: Tensor, condition: Condition, draws: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -196,19 +201,24 @@ class LSGAN(StageModule):
         terms = {
             "adversarial": generator_loss(without_own_gradients(self.discriminator, fake, condition)),
             "discriminator": discriminator_loss(scores["real"], scores["sample"]),
-            "r1": scores.pop("r1"),
+            **self._penalty(x, condition),
         }
         return terms, scores
 
     def _scores(
         self, x: Tensor, condition: Condition, fakes: Mapping[str, tuple[Tensor, Condition]]
     ) -> dict[str, Tensor]:
-        """Scores ``(B,)`` of real and detached fake images, which train the discriminator; and its ``r1`` ``()``."""
-        found = {name: self.discriminator(image.detach(), given) for name, (image, given) in fakes.items()}
-        penalised = self.loss["r1_weight"] > 0
-        x = x.detach().requires_grad_(penalised)
-        real = self.discriminator(x, condition)
-        return {"real": real, **found, "r1": gradient_penalty(real, x) if penalised else real.new_zeros(())}
+        """Scores ``(B,)`` of real and detached fake images, which train the discriminator."""
+        fake = {name: self.discriminator(image.detach(), given) for name, (image, given) in fakes.items()}
+        return {"real": self.discriminator(x, condition), **fake}
+
+    def _penalty(self, x: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """The term ``r1`` of real images, in float32, in which alone a gradient's gradient is exact enough; or none."""
+        if not self.loss["r1_weight"]:
+            return {}
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.detach().float().requires_grad_()
+            return {"r1": gradient_penalty(self.discriminator(x, condition), x)}
 
     def _draws(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All random numbers of a batch, one named stream a sample."""
@@ -300,7 +310,7 @@ class VAEGAN(LSGAN):
             "kl": kl_divergence(mean, std).sum() / x.numel(),
             "adversarial": generator_loss(without_own_gradients(self.discriminator, fakes, twice)),
             "discriminator": discriminator_loss(scores["real"], scores["reconstruction"], scores["sample"]),
-            "r1": scores.pop("r1"),
+            **self._penalty(x, condition),
         }
         return terms, scores
 

@@ -231,7 +231,8 @@ class VAE(StageModule):
                 float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
             )
             store["grid_pattern"].append(pattern_share(other - one, self.network.downsampling_factor))
-            store["blockiness"].append(blockiness(other) / (blockiness(one) or 1.0))  # 0: a mask that fills cells
+            if self.targets is None:  # of masks, whose steps are few and large, it says nothing
+                store["blockiness"].append(blockiness(other) / blockiness(one))
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))
@@ -242,7 +243,7 @@ class VAE(StageModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means, among them traces of the decoder's grid, and the statistics of every latent channel."""
         store = self.validation
-        means = {name: sum(store[name]) / len(store[name]) for name in VALIDATION}
+        means = {name: sum(store[name]) / len(store[name]) for name in VALIDATION if store[name]}
         space = LatentSpace.fit(store.pop("posteriors"))
         metrics = {f"vae/val/{name}": value for name, value in means.items()}
         metrics |= {f"vae/val/latent_mean/{c}": float(value) for c, value in enumerate(space.mean)}

@@ -11,15 +11,17 @@ from ldm.conditioning.build import complete
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.latents.space import LatentSpace
+from ldm.model.gan import GAN
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.training.gan import MODULES
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.vae import VAE
 
 
-def composed(experiment, *overrides):
-    """The configuration of an experiment for train-ldm, of data that are not there."""
+def composed(experiment, *overrides, verb="train-ldm"):
+    """The configuration of an experiment for a training, of data that are not there."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train-ldm", [f"experiment={experiment}", "data.root=somewhere", *overrides])
+        return compose(verb, [f"experiment={experiment}", "data.root=somewhere", *overrides])
 
 
 def untrained(config, channels, shape=None):
@@ -70,3 +72,21 @@ def step_of_first_stage(config, image_shape):
         for optimizer in module.configure_optimizers():
             optimizer.step()
     return reconstruction, terms, module
+
+
+def step_of_gan(config, image_shape, batch=2):
+    """One backward pass of all losses; returns images ``(B, C, *S)`` of the generator and the module."""
+    gan, (channels, *size) = plain(config.gan), image_shape
+    recipe = Preprocessing.from_config({**plain(config.data), "shape": size}, 1)
+    network = {**gan["network"], "spatial_dims": len(size), "out_channels": channels, "image_size": size}
+    header = {"method": gan["method"], "encoder": gan.get("encoder"), "condition": gan["condition"], "seed": 0}
+    header |= {"network": {**network, "value_range": list(recipe.value_range)}, "cohort": "c", "split_sha256": "0" * 64}
+    covariates = {name: one for name, one in plain(config.data)["covariates"].items() if one is not None}
+    with torch.device("meta"):
+        model = GAN(header, recipe, CovariateSchema.from_config(covariates))
+        module = MODULES[gan["method"]](model, gan["optimizer"], gan["discriminator"], gan["loss"]).to("meta")
+        condition = {name: one.not_given(batch, size) for name, one in model.network.conditioners.items()}
+        draws = {name: torch.randn(batch, *model.latent_shape) for name in ("z", "posterior")}
+        terms, _ = module.loss_terms(torch.rand(batch, *image_shape), condition, draws)
+        (module.weighted(terms) + module.of_discriminator(terms)).backward()
+        return module.network(draws["z"], condition), module

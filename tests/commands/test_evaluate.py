@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from ldm.commands.evaluate import keep_nearest
 from ldm.commands.held_out import evenly_first, read_sample
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
@@ -90,3 +91,17 @@ def test_fewer_samples_than_subjects_ask_evenly_from_all():
     assert names == list("acebdfg")
     assert numbers == [0, 2, 4, 1, 3, 5, 6]
     assert evenly_first(9, list("abc")) == [list("abc")]
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(True, ["nearest_latents.png"]), (False, [])])
+def test_training_scans_come_into_a_report_only_when_asked_for(tmp_path, wanted, kept):
+    for folder, name in (
+        ("audit", "nearest_latents.png"),
+        ("evaluation", "nearest_features.png"),
+    ):  # the last is an older one
+        (tmp_path / folder / "figures").mkdir(parents=True)
+        PIL.Image.new("L", (4, 4)).save(tmp_path / folder / "figures" / name)
+    keep_nearest(tmp_path / "audit", tmp_path / "evaluation", wanted)
+    assert [path.name for path in (tmp_path / "evaluation/figures").iterdir()] == kept
+    keep_nearest(tmp_path / "audit", tmp_path / "audit", wanted)  # both in one folder: the audit's own page needs them
+    assert (tmp_path / "audit/figures/nearest_latents.png").is_file()

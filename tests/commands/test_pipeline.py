@@ -316,10 +316,16 @@ def test_the_report_has_distances_when_there_is_a_feature_network(trained, ldm, 
     assert rows["as configured"]["distance"]["frechet"] == pytest.approx(same)
     assert other != pytest.approx(same)
     assert "Three steps<br>" in (tmp_path / "evaluation/report.html").read_text()
+    seeded = ("seeds=[5]", "run_dir=seeded", "samplers={10: {steps: 1}, seed 1: {steps: 3}}")  # names are the user's
+    code, text = ldm(*request, *seeded)
+    assert not code, text
+    rows = json.loads((tmp_path / "seeded/metrics.json").read_text())["samplers"]["rows"]
+    assert rows["as configured"]["distance"]["frechet"] == pytest.approx(rows["10"]["distance"]["frechet"])  # one noise
     for wrong, said in (
         ("samplers={a: {step: 3}}", "samplers.a.step is not a setting. Did you mean 'steps'?"),
         ("samplers={a: 3}", "samplers.a is 3; give settings of ldm sample"),
-        ("samplers={a b: {steps: 1}, A-B: {steps: 2}}", "samplers.A-B: another row is called like this"),
+        ("samplers={a: {steps: 0}}", "samplers.a: "),
+        ("samplers={as configured: {steps: 1}}", "samplers.as configured: the first row is called like this"),
     ):
         code, text = ldm(*request, wrong)
         assert code

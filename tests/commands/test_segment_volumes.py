@@ -27,6 +27,7 @@ def test_volumes(ldm, tiny, tmp_path, cohort_root):
     assert model.latent_space.mean.tolist() == [0] * 4
     assert model.latent_space.std.tolist() == [1] * 4
     assert model.network.conditioners["image"].images == ("T1", "T2")
+    assert model.defaults.options == {"clip": [-1, 1]}
     records = [json.loads(line) for line in (tmp_path / "runs/simulated/ldm/metrics.jsonl").read_text().splitlines()]
     assert any("ldm/val/dice/ventricles" in record for record in records)
     assert list((tmp_path / "runs/simulated/ldm/figures").glob("segmentation_*.png"))
@@ -84,6 +85,7 @@ def test_label_maps_are_generated_in_the_latents_of_a_first_stage_of_masks(ldm, 
     model = LatentDiffusionModel.load(MODEL)
     assert model.header["first_stage"]["in_channels"] == len(model.classes.names) == 4
     assert model.preprocessing.value_range == (-1.0, 1.0)
+    assert "clip" not in (model.defaults.options or {})  # latents go beyond the range of masks
     assert tuple(model.latent_shape[1:]) != tuple(model.preprocessing.shape)
     scan = next(cohort_root.glob("sub-*/anat/*_T1w.nii.gz"))
     code, text = ldm("segment", f"model={MODEL}", f"images={scan}", "out=found", *FAST)

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.model.build import PIXELS
-from tests.commands.meta import composed, step_of_first_stage, step_of_second_stage, untrained
+from tests.commands.meta import composed, step_of_first_stage, step_of_gan, step_of_second_stage, untrained
 
 #: experiment -> image channels, and the size of images where the configuration leaves it to the cohort
 STUDIES = {
@@ -43,3 +43,13 @@ def test_both_stages_take_a_step(study, no_autocast, monkeypatch):
     reconstruction, _, module = step_of_first_stage(config, image_shape)
     assert reconstruction.shape == (1, *image_shape)
     assert all(parameter.grad is not None for parameter in module.network.parameters())
+
+
+@pytest.mark.parametrize("method", ["lsgan", "vaegan"])
+@pytest.mark.parametrize("study", ["brain_mri", "hippocampus", "mednist_gan"])
+def test_the_gans_beside_them_take_a_step(study, method, no_autocast):
+    image_shape = {"brain_mri": (1, 80, 96, 80), "hippocampus": (1, 48, 64, 48), "mednist_gan": (1, 64, 64)}[study]
+    images, module = step_of_gan(composed(f"{study}/{method}", verb="train-gan"), image_shape)
+    assert images.shape == (2, *image_shape)
+    for network in (module.network, module.discriminator):
+        assert not [name for name, one in network.named_parameters() if one.grad is None and "null" not in name]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from ldm.applications.stacking import named_stacks
 from ldm.commands.main import conf_dir
 from ldm.data import images
 from ldm.data.checks import check_cohort
@@ -164,3 +165,26 @@ def test_slices_go_back_where_they_were_cut_out_whatever_the_orientation(tmp_pat
 def test_only_a_slice_of_a_nifti_file_was_cut_out():
     assert Cut.of("a/T1.nii.gz::axial[40]").index == 40
     assert [Cut.of(ref) for ref in ("T1.nii.gz", "a.png", "a.npz::images[3]", "T1.nii.gz::oblique[3]")] == [None] * 4
+
+
+def test_a_stack_has_the_name_of_its_volume_and_shares_it_with_no_other():
+    def record(name, ref, subject="s"):
+        return Record(name, subject, {"T1": ref}, None, {}, "test")
+
+    records = [
+        record("a_axial003", "x/a.nii.gz::axial[3]"),
+        record("a_axial004", "x/a.nii.gz::axial[4]"),
+        record("a_coronal004", "x/a.nii.gz::coronal[4]"),  # another plane: another stack
+        record("mine", "y/a.nii.gz::axial[3]"),
+        record("s_volume2_axial003", "z/b.nii.gz::axial[3]"),
+        record("yours", "w/a.nii.gz::axial[3]"),
+        record("picture", "a.png"),
+    ]
+    stacks = named_stacks(records)
+    assert {name: (str(cut.path), cut.plane, list(stack)) for name, (cut, stack) in stacks.items()} == {
+        "a": ("x/a.nii.gz", "axial", [3, 4]),
+        "a_volume2": ("x/a.nii.gz", "coronal", [4]),
+        "s": ("y/a.nii.gz", "axial", [3]),
+        "s_volume2": ("z/b.nii.gz", "axial", [3]),
+        "s_volume3": ("w/a.nii.gz", "axial", [3]),
+    }

@@ -137,8 +137,13 @@ def test_what_is_no_dinov2_is_named(dinov2_folder, monkeypatch):
     config = {"kind": "dinov2", "path": dinov2_folder}
     written = json.loads((dinov2_folder / "config.json").read_text())
     (dinov2_folder / "config.json").write_text(json.dumps(written | {"num_hidden_layers": 3}))
-    with pytest.raises(LdmError, match="model.safetensors lacks .*layer.2"):
+    with pytest.raises(LdmError, match="model.safetensors lacks: .*layer.2"):
         find_features(config, preprocessing=GREY)
+    more = Dinov2Config(**{**written, "num_hidden_layers": written["num_hidden_layers"] + 1})
+    Dinov2Model(more).save_pretrained(dinov2_folder / "more")
+    (dinov2_folder / "more/config.json").write_text(json.dumps(written))
+    with pytest.raises(LdmError, match="has, unlike its config.json: encoder.layer"):
+        find_features({**config, "path": dinov2_folder / "more"}, preprocessing=GREY)
     (dinov2_folder / "config.json").write_text(json.dumps(written | {"hidden_size": 48}))
     with pytest.raises(LdmError, match="cannot be read as a DINOv2"):
         find_features(config, preprocessing=GREY)
@@ -146,7 +151,7 @@ def test_what_is_no_dinov2_is_named(dinov2_folder, monkeypatch):
     with pytest.raises(LdmError, match="config.json describes 'vit'; legal: a dinov2"):
         find_features(config, preprocessing=GREY)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(LdmError, match="pip install 'ldm\\[features\\]'"):
+    with pytest.raises(LdmError, match="pip install -e '.\\[features\\]'"):
         find_features(config, preprocessing=GREY)
 
 
