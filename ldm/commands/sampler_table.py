@@ -105,7 +105,7 @@ def sampler_table(
         if instrument is not None:
             agreement = agreements(instrument, model.schema, one.rows, one.images, one.subjects)
         table[name] = {
-            "sampling": ", ".join(f"{key} {value}" for key, value in settings if value is not None),
+            "sampling": ", ".join(f"{key} {value}" for key, value in settings if value),
             "seconds_a_sample": seconds_a_sample(model, one.rows[:size], given, options),
             "agreement": agreement,
             "distance": rows.get(SAMPLES if name == CONFIGURED else OTHER.format(name)),
@@ -130,4 +130,5 @@ def seconds_a_sample(
 
 def device_in_words(model: Generative) -> str:
     """What a model computes on, for a time to mean something."""
-    return f"CPU, {torch.get_num_threads()} threads" if model.device.type == "cpu" else "CUDA"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if model.device.type == "cpu" else "CUDA"
