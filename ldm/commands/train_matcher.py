@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.model.matcher import Matcher
 from ldm.training.fit import check_trainer, fit
@@ -27,7 +28,8 @@ def run(config: DictConfig) -> dict[str, float]:
     """
     check_trainer(plain(config.trainer))
     run_dir, settings = Path(config.run_dir), plain(config.matcher)
-    views = Views.from_config(settings["views"])
+    views, pool = Views.from_config(settings["views"]), settings["pool"]
+    check_count("matcher.pool", pool)
     if settings["batch_size"] < 2 or settings["temperature"] <= 0:
         raise LdmError(
             f"matcher.batch_size is {settings['batch_size']} and matcher.temperature {settings['temperature']}; legal: "
@@ -48,18 +50,18 @@ def run(config: DictConfig) -> dict[str, float]:
 
     def save_model(metrics) -> None:
         facts = {"cohort": cohort.name, "split_sha256": cohort.split_hash, "steps": module.step}
-        Matcher(module.network, network, datamodule.preprocessing, asdict(views), metrics, facts).save(
-            run_dir / "model.safetensors"
-        )
+        matcher = Matcher(module.network, network, datamodule.preprocessing, pool, asdict(views), metrics, facts)
+        matcher.save(run_dir / "model.safetensors")
 
     metrics = fit(
         module,
-        ViewDataModule(datamodule, views, settings["batch_size"], config.seed),
+        ViewDataModule(datamodule, views, settings["batch_size"], config.seed, pool),
         plain(config.trainer),
         run_dir,
         {
             "network": network,
             "views": asdict(views),
+            **({"pool": pool} if pool > 1 else {}),
             "temperature": settings["temperature"],
             "preprocessing": datamodule.preprocessing.fingerprint(),
             "split_sha256": cohort.split_hash,

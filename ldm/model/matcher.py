@@ -37,6 +37,7 @@ class Matcher(TrainedNetwork):
         network: images ``(B, C, *S)`` -> ``(B, E)``.
         config: see :func:`build_matcher`.
         preprocessing: how scans become its input.
+        pool: side of the blocks of voxels that are averaged before the network sees them.
         views: what it was trained to see through, the settings of :class:`ldm.training.views.Views`.
         metrics: on the validation split.
         facts: cohort, split hash, steps.
@@ -48,18 +49,20 @@ class Matcher(TrainedNetwork):
     network: EmbeddingResNet
     config: Mapping[str, Any]
     preprocessing: Preprocessing
+    pool: int = 1
     views: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def description(self) -> dict[str, Any]:
         """See :class:`TrainedNetwork`."""
-        return {"preprocessing": self.preprocessing.to_dict(), "views": dict(self.views)}
+        return {"preprocessing": self.preprocessing.to_dict(), "pool": self.pool, "views": dict(self.views)}
 
     @classmethod
     def further_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`TrainedNetwork`."""
-        return {"preprocessing": Preprocessing.from_dict(header["preprocessing"]), "views": header["views"]}
+        preprocessing = Preprocessing.from_dict(header["preprocessing"])
+        return {"preprocessing": preprocessing, "pool": header.get("pool", 1), "views": header["views"]}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -76,4 +79,10 @@ class Matcher(TrainedNetwork):
                 f"{tuple(x.shape)}."
             )
         with autocast(x.device, "float32"):  # a distance should not depend on the machine's precision
-            return F.normalize(self.network(x), dim=1)
+            return F.normalize(self.network(pooled(x, self.pool)), dim=1)
+
+
+def pooled(images: Tensor, side: int) -> Tensor:
+    """Means over blocks of ``side`` voxels a side: ``(B, C, *S)`` -> ``(B, C, *ceil(S / side))``."""
+    pool = F.avg_pool3d if images.ndim == 5 else F.avg_pool2d
+    return images if side == 1 else pool(images, side, ceil_mode=True, count_include_pad=False)

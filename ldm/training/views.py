@@ -17,6 +17,7 @@ from ldm.data.augmentation import Augmentation
 from ldm.data.datamodule import CohortDataModule, CohortDataset
 from ldm.data.ordered import OrderedDataModule
 from ldm.errors import LdmError, nearest
+from ldm.model.matcher import pooled
 
 COARSE = 3  # cells a side of the field of which a bias field is interpolated
 
@@ -110,11 +111,12 @@ class ViewDataset(Dataset):
     """Two views of every scan of a split.
 
     An item has ``views`` ``(2, C, *S)``, ``index``, the record's position in the cohort, and ``subject``, the number of
-    its subject. The views depend on (seed, epoch, index) alone; with ``fixed`` on (seed, index).
+    its subject. The views depend on (seed, epoch, index) alone; with ``fixed`` on (seed, index). They are of scans that
+    were averaged over blocks of ``pool`` voxels a side.
     """
 
-    def __init__(self, dataset: CohortDataset, views: Views, seed: int = 0, fixed: bool = False) -> None:
-        self.dataset, self.views, self.seed, self.fixed = dataset, views, seed, fixed
+    def __init__(self, dataset: CohortDataset, views: Views, seed: int = 0, fixed: bool = False, pool: int = 1) -> None:
+        self.dataset, self.views, self.seed, self.fixed, self.pool = dataset, views, seed, fixed, pool
         names = sorted({record.subject for record in dataset.cohort.records})
         self.subjects = {name: number for number, name in enumerate(names)}
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that outlive an epoch see the next
@@ -132,9 +134,9 @@ class ViewDataset(Dataset):
         generator = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
         other = self.dataset[int(entropy[1] % len(self.dataset))]["image"]  # may be the scan itself: no blend then
         recipe = self.dataset.preprocessing
-        views = [
-            self.views(item["image"], other, generator, recipe.voxel_size, recipe.value_range).float() for _ in range(2)
-        ]
+        voxel_size = recipe.voxel_size and tuple(size * self.pool for size in recipe.voxel_size)
+        image, other = (pooled(one[None], self.pool)[0] for one in (item["image"], other))  # (C, *S)
+        views = [self.views(image, other, generator, voxel_size, recipe.value_range).float() for _ in range(2)]
         subject = self.subjects[self.dataset.cohort.records[item["index"]].subject]
         return {"views": torch.stack(views), "index": item["index"], "subject": subject}
 
@@ -147,13 +149,16 @@ class ViewDataModule(OrderedDataModule):
         views: how far views may be from their scan.
         batch_size: scans of each process and step; each is there twice.
         seed: of order and views.
+        pool: see :class:`ViewDataset`.
     """
 
-    def __init__(self, datamodule: CohortDataModule, views: Views, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, datamodule: CohortDataModule, views: Views, batch_size: int, seed: int = 0, pool: int = 1
+    ) -> None:
         super().__init__(batch_size, seed, datamodule.num_workers)
         self.cohort = datamodule.cohort
-        self.train = ViewDataset(datamodule.dataset("train"), views, seed)
-        self.valid = ViewDataset(datamodule.dataset("valid"), views, seed, fixed=True)
+        self.train = ViewDataset(datamodule.dataset("train"), views, seed, pool=pool)
+        self.valid = ViewDataset(datamodule.dataset("valid"), views, seed, fixed=True, pool=pool)
 
     def training_set(self) -> ViewDataset:
         """See :class:`OrderedDataModule`."""

@@ -123,3 +123,22 @@ def test_training_goes_on_and_says_what_it_was(ldm, tmp_path):
     code, text = ldm("train-matcher", *PERSONS, "matcher.batch_size=1", "run_dir=other")
     assert code
     assert "matcher.batch_size is 1" in text
+
+
+@pytest.mark.slow
+def test_a_matcher_may_look_at_means_of_blocks(ldm, tmp_path):
+    write_persons(tmp_path / "made")
+    code, text = ldm("train-matcher", *PERSONS, "matcher.pool=2", "trainer.max_steps=2", "trainer.val_every=2")
+    assert not code, text
+    matcher = Matcher.load(tmp_path / "runs/made/matcher/model.safetensors")
+    assert matcher.pool == 2
+    images = torch.rand(2, 1, 17, 16)  # an odd side too
+    swapped = images.unflatten(3, (8, 2)).flip(4).flatten(3)  # other voxels, the same means
+    torch.testing.assert_close(matcher(images), matcher(swapped))
+    assert (matcher(images) - matcher(images.flip(3))).abs().max() > 1e-4
+    code, text = ldm("train-matcher", *PERSONS, "trainer.max_steps=4", "trainer.val_every=2")
+    assert code
+    assert "another configuration" in text
+    code, text = ldm("train-matcher", *PERSONS, "matcher.pool=0", "run_dir=other")
+    assert code
+    assert "matcher.pool must be a whole number of at least 1" in text
