@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit
 from ldm.evaluation.audit_report import pair_pictures, write_audit_page
-from ldm.evaluation.spaces import check_matcher
+from ldm.evaluation.spaces import audit_spaces, check_matcher, checked_flips, has_autoencoder, reconstruction
 from ldm.files import read_json, write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
@@ -42,14 +43,14 @@ def run(config: DictConfig) -> AuditResult:
         SystemExit: with status 3, when the audit does not pass.
     """
     check_counts(config, "n", "batch_size", "planted")
-    flips = plain(config.flip_axes)
-    flips = [flips] if isinstance(flips, int) else flips
-    settings = AuditSettings(**{name: config[name] for name in SETTINGS}, flip_axes=flips)
+    settings = AuditSettings(**{name: config[name] for name in SETTINGS})
     folder = Path(config.run_dir)
     model, path = optional_model(config)
     datamodule = prepared(cohort_datamodule(config))
     recipe = datamodule.preprocessing if model is None else model.preprocessing
     expect_same_split(model, path, datamodule)
+    flips = plain(config.flip_axes)
+    flips = checked_flips([flips] if isinstance(flips, int) else flips, recipe.spatial_dims)
     matcher = Matcher.load(require_file(config.matcher_path, "matcher", "train-matcher"), _device(model))
     check_matcher(matcher, config.matcher_path, recipe, datamodule.cohort)
     source = synthetic_folder(config, model, path, folder)
@@ -66,9 +67,12 @@ def run(config: DictConfig) -> AuditResult:
         "sampling": provenance(source).get("sampling"),
         "sampling_seed": provenance(source).get("seed"),
         "images": "as written to files and read again",
+        "flip_axes": list(flips),
     }
     linked = plain(config.data).get("subjects_linked", True)
-    result = audit(synthetic, train, held_out, matcher, model, settings, value_range, linked, protocol, _watch)
+    spaces = audit_spaces(matcher, model, flips)
+    rebuild = partial(reconstruction, model) if has_autoencoder(model) else None
+    result = audit(synthetic, train, held_out, spaces, settings, value_range, rebuild, linked, protocol, _watch)
     pictures = pair_pictures(result, synthetic, train, folder / "figures", recipe.value_range, recipe.is_rgb)
     write_json(folder / "audit.json", result.to_dict())
     page = write_audit_page(folder / "audit.html", result.to_dict(), pictures)

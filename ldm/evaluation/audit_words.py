@@ -19,8 +19,7 @@ NOT_LINKED = (
 def in_words(verdict: str, numbers: Mapping[str, Any]) -> list[str]:
     """Sentences on the ``numbers`` of :class:`ldm.evaluation.audit.AuditResult`, the verdict first."""
     spaces = numbers["spaces"]
-    lines = [_verdict(verdict, spaces)]
-    lines += [line for space in spaces.values() for line in _control(space) if space is spaces["features"]]
+    lines = [_verdict(verdict, spaces), *_control(numbers["control"], numbers["protocol"]["recall"], spaces)]
     for space in spaces.values():
         lines += [_excess(space), _copies(space)]
     lines += [] if numbers["subjects_linked"] else [NOT_LINKED]
@@ -54,22 +53,22 @@ def _has_copies(space: Mapping[str, Any]) -> bool:
     return space["copies"]["count"] > 0
 
 
-def _control(space: Mapping[str, Any]) -> list[str]:
-    control = space["control"]
-    weak = {kind: row for kind, row in control.items() if kind not in space["copies"]["kinds"]}
-    share = space["noticeable_share"]
+def _control(control: Mapping[str, Any], recall: float, spaces: Mapping[str, Any]) -> list[str]:
+    kinds, share = control["kinds"], control["noticeable_share"]
+    number = next(iter(kinds.values()))["n"]
+    weak = [f"{kind} {row['recall']:.0%}" for kind, row in kinds.items() if row["recall"] < recall]
     if weak:
-        said = ", ".join(f"{kind} {row['recall']:.0%}" for kind, row in weak.items())
         lines = [
-            f"THE AUDIT'S OWN CONTROL FAILED: of copies of training scans that were planted, too few were found "
-            f"({said} of {next(iter(weak.values()))['n']} each). A pass would mean nothing. Train the matcher for "
-            "longer (ldm train-matcher)."
+            f"THE AUDIT'S OWN CONTROL FAILED: of copies of training scans that were planted, too few were found in any "
+            f"way ({', '.join(weak)} of {number} each). A pass would mean nothing. Train the matcher for longer "
+            "(ldm train-matcher)."
         ]
     else:
-        least = min(row["recall"] for row in control.values())
+        least = min(row["recall"] for row in kinds.values())
+        each = ", ".join(f"{row['recall']:.0%} of {kind} by {row['space']}" for kind, row in kinds.items())
         lines = [
-            f"Control: of {next(iter(control.values()))['n']} planted copies of each kind ({', '.join(control)}) at "
-            f"least {least:.0%} were found."
+            f"Control: of {number} planted copies of each kind at least {least:.0%} were found in one of "
+            f"{len(spaces)} ways ({each})."
         ]
     if share is None:
         return [*lines, "With this control and so few images no excess of copies could be told from chance."]

@@ -5,7 +5,7 @@ Everything here starts from matrices of distances, whatever they were measured i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,23 @@ from ldm.errors import LdmError
 CONFIDENCE = 0.95
 
 
-def pairwise(queries: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def pairwise(queries: Iterable[np.ndarray], reference: np.ndarray) -> np.ndarray:
     """Root-mean-square distances ``(N, M)``, of each query in whichever of its V variants is nearest.
 
-    Differences are squared and not the norms, so that the distance of an image from itself is exactly 0.
+    Products of vectors say which variant that is; the distance is then that of differences, so that what is the same
+    is at 0 and not at what rounding leaves of the difference of two norms.
 
     Args:
-        queries: ``(N, V, F)``.
+        queries: N of ``(V, F)``.
         reference: ``(M, F)``.
     """
-    result = np.empty((len(queries), len(reference)))
-    for row, variants in enumerate(queries.astype(np.float64)):  # (V, F)
-        squares = [np.square(reference - one).mean(1) for one in variants]  # (M,) each
-        result[row] = np.sqrt(np.min(squares, axis=0))
-    return result
+    exact, rows = reference.astype(np.float64), []
+    for variants in queries:
+        doubled = 2 * variants @ reference.T  # (V, M)
+        nearest = (np.square(variants).sum(1)[:, None] - doubled).argmin(0)  # (M,)
+        differences = exact - variants[nearest]  # (M, F)
+        rows.append(np.sqrt(np.square(differences).mean(1)))
+    return np.stack(rows)
 
 
 def conformal_threshold(distances: Sequence[float], rate: float) -> tuple[float, int]:

@@ -73,7 +73,7 @@ def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     assert record["statement"] == found["lines"][0]
     with pytest.raises(LdmError, match="is of another model"):
         read_audit(tmp_path / "runs/made/audit/audit.json", "0" * 64, reason)
-    assert set(found["spaces"]) == {"features", "latents"}
+    assert set(found["spaces"]) == {"features", "correlation", "latents"}
     assert "reconstructed" in found["spaces"]["latents"]["control"]
     assert found["spaces"]["latents"]["control"]["unchanged"]["recall"] == 1
     assert found["spaces"]["latents"]["control"]["flipped"]["source_found"] == 1  # a flip of it is encoded too

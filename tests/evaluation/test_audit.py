@@ -1,5 +1,6 @@
 """A copier fails, scans that nobody was trained on pass, and an audit that is blind does not pass anybody."""
 
+import itertools
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from ldm.errors import LdmError
 from ldm.evaluation.audit import AuditSettings, Scans, audit
 from ldm.evaluation.audit_report import audit_fragment, pair_pictures, write_audit_page
 from ldm.evaluation.planted import KINDS, plant
+from ldm.evaluation.spaces import CorrelationSpace, MatcherSpace, audit_spaces, checked_flips
+from ldm.metrics.copies import pairwise
 
 
 def persons(count, seed):
@@ -43,6 +46,10 @@ def pixels(images):
     return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
+def spaces(matcher):
+    return audit_spaces(matcher, None, (0, 1))
+
+
 TRAIN, HELD_OUT = scans(persons(60, 0), "train"), scans(persons(40, 1), "held")
 SETTINGS = AuditSettings(planted=20, recall=0.9)
 
@@ -54,7 +61,7 @@ def changed(kinds, count):
 
 @pytest.mark.parametrize("kinds", [("unchanged",), KINDS[1:]], ids=["plain", "changed"])
 def test_a_copier_fails(kinds):
-    result = audit(changed(kinds, 30), TRAIN, HELD_OUT, spectrum, settings=SETTINGS)
+    result = audit(changed(kinds, 30), TRAIN, HELD_OUT, spaces(spectrum), settings=SETTINGS)
     space = result.numbers["spaces"]["features"]
     assert not result.passed
     assert result.verdict == "not passed"
@@ -70,18 +77,18 @@ def test_a_copier_fails(kinds):
 
 def test_a_few_copies_among_many_are_found_too():
     drawn = persons(100, 2) + changed(("unchanged",), 2)
-    result = audit(drawn, TRAIN, HELD_OUT, spectrum, settings=SETTINGS)
+    result = audit(drawn, TRAIN, HELD_OUT, spaces(spectrum), settings=SETTINGS)
     assert result.numbers["spaces"]["features"]["copies"]["count"] == 2
     assert not result.passed
 
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_scans_that_nobody_saw_pass_though_some_are_flagged(seed):
-    result = audit(persons(100, seed), TRAIN, HELD_OUT, spectrum, settings=SETTINGS, subjects_linked=False)
+    result = audit(persons(100, seed), TRAIN, HELD_OUT, spaces(spectrum), settings=SETTINGS, subjects_linked=False)
     space = result.numbers["spaces"]["features"]
     assert result.passed, result.lines
     assert space["rows"]["held-out scans"]["flagged"] == 2  # of 40
-    assert space["control_passed"]
+    assert result.numbers["control"]["passed"]
     assert abs(space["membership"]["auc"] - 0.5) < 0.2
     text = " ".join(result.lines)
     assert "no formal guarantee" in text
@@ -91,7 +98,8 @@ def test_scans_that_nobody_saw_pass_though_some_are_flagged(seed):
 
 
 def test_an_audit_that_is_blind_passes_nobody():
-    result = audit(persons(60, 2), TRAIN, HELD_OUT, pixels, settings=SETTINGS)
+    blind = [MatcherSpace(pixels, (0, 1))]
+    result = audit(persons(60, 2), TRAIN, HELD_OUT, blind, settings=SETTINGS)
     space = result.numbers["spaces"]["features"]
     assert space["control"]["noised"]["recall"] == 1
     assert space["control"]["flipped"]["recall"] == 1  # flips are tried
@@ -100,13 +108,41 @@ def test_an_audit_that_is_blind_passes_nobody():
     assert not result.passed
     assert "THE AUDIT'S OWN CONTROL FAILED" in " ".join(result.lines)
     assert "shifted" in " ".join(result.lines)
-    same = audit(changed(("unchanged",), 30), TRAIN, HELD_OUT, pixels, settings=SETTINGS)
+    same = audit(changed(("unchanged",), 30), TRAIN, HELD_OUT, blind, settings=SETTINGS)
     assert same.verdict == "not passed"  # what it does find counts
+
+
+def test_correlation_finds_what_a_blind_matcher_does_not():
+    result = audit(persons(60, 2), TRAIN, HELD_OUT, spaces(pixels), settings=SETTINGS)
+    assert {row["space"] for row in result.numbers["control"]["kinds"].values()} == {"features", "correlation"}
+    assert result.passed, result.lines
+    assert not audit(changed(("shifted",), 30), TRAIN, HELD_OUT, spaces(pixels), settings=SETTINGS).passed
+
+
+def test_correlation_is_of_the_best_shift_and_flip_whatever_the_contrast():
+    rng, space = np.random.default_rng(0), CorrelationSpace((0, 1, 2))
+    large = rng.random((2, 20, 24, 22)).astype(np.float32)  # its longest side needs no averaging; two channels
+    image, moved = large[:, 1:-1, 1:-1, 1:-1], large[:, :-2, 2:, 1:-1]
+    contrast = np.array([3, 0.5], np.float32)[:, None, None, None]
+    changed = np.ascontiguousarray(np.flip(contrast * moved + 0.1, 2))
+    reference = space.vectors([image, rng.random(image.shape)])
+    near, far = pairwise(space.all_variants([changed]), reference)[0]
+    assert near == pytest.approx(0, abs=1e-5)
+    assert far > 1  # of noise, r is about 0
+    first = next(space.all_variants([image]))
+    assert len(first) == 8 * 5**3  # flips times shifts of up to 2
+    np.testing.assert_allclose(first[0], reference[0], rtol=1e-6)  # the image itself comes first
+    one, other = image[:1], rng.random((1, 18, 22, 20))
+    shifts = itertools.product(range(5), repeat=3)
+    cuts = [one[0, i : i + 14, j : j + 18, k : k + 16] for i, j, k in shifts]
+    best = max(np.corrcoef(cut.ravel(), other[0, 2:-2, 2:-2, 2:-2].ravel())[0, 1] for cut in cuts)
+    plain = CorrelationSpace(())
+    assert pairwise(plain.all_variants([one]), plain.vectors([other]))[0, 0] == pytest.approx(np.sqrt(2 - 2 * best))
 
 
 def test_several_scans_of_a_held_out_subject_count_once():
     doubled = Scans(HELD_OUT.images * 2, [*HELD_OUT.subjects] * 2, [*HELD_OUT.names, *"x" * 40])
-    one, two = (audit(persons(30, 2), TRAIN, held, spectrum, settings=SETTINGS) for held in (HELD_OUT, doubled))
+    one, two = (audit(persons(30, 2), TRAIN, held, spaces(spectrum), settings=SETTINGS) for held in (HELD_OUT, doubled))
     first, second = (result.numbers["spaces"]["features"] for result in (one, two))
     assert first["threshold"] == second["threshold"]
     assert first["excess"] == second["excess"]
@@ -115,13 +151,13 @@ def test_several_scans_of_a_held_out_subject_count_once():
 
 def test_what_is_written_shows_the_nearest_pairs_and_can_leave_scans_out(tmp_path):
     drawn = changed(("unchanged",), 9)
-    result = audit(drawn, TRAIN, HELD_OUT, spectrum, settings=SETTINGS, protocol={"cohort": "made"})
+    result = audit(drawn, TRAIN, HELD_OUT, spaces(spectrum), settings=SETTINGS, protocol={"cohort": "made"})
     content = json.loads(json.dumps(result.to_dict()))
     assert content["passed"] is False
     assert content["protocol"]["cohort"] == "made"
     pictures = pair_pictures(result, drawn, TRAIN, tmp_path, (0, 1))
     page = write_audit_page(tmp_path / "audit.html", content, pictures).read_text()
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2  # of each space
     assert "NOT PASSED" in page
     assert "data:image" not in audit_fragment(content)
     assert "<html" not in audit_fragment(content)
@@ -131,6 +167,6 @@ def test_settings_and_sets_that_make_no_audit_are_refused():
     with pytest.raises(LdmError, match="rate is 1.5"):
         AuditSettings(rate=1.5)
     with pytest.raises(LdmError, match="2 subjects"):
-        audit(persons(3, 2), TRAIN, scans(persons(1, 1), "held"), spectrum)
+        audit(persons(3, 2), TRAIN, scans(persons(1, 1), "held"), spaces(spectrum))
     with pytest.raises(LdmError, match="flip_axes"):
-        audit(persons(3, 2), TRAIN, HELD_OUT, spectrum, settings=AuditSettings(flip_axes=(2,)))
+        checked_flips((2,), 2)
