@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import draw, load_model, sampling_options
 from ldm.commands.sampler_table import CONFIGURED, draw_samplers, read_samplers, sampler_table
 from ldm.commands.stages import record_inputs
+from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.errors import LdmError
 from ldm.evaluation import masks
 from ldm.evaluation.audit_report import NEAREST
 from ldm.evaluation.distances import model_distances
 from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
-from ldm.evaluation.features import check_features, find_features
+from ldm.evaluation.features import FeatureNetwork, check_features, find_features
 from ldm.evaluation.fidelity import ImageSet, fidelity
 from ldm.evaluation.folders import folder_distances
 from ldm.evaluation.goals import check_goals
@@ -48,6 +50,67 @@ MASK_ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an evaluation needs, all of it checked before the first sample is drawn.
+
+    Attributes:
+        config: of the verb.
+        model: what is evaluated.
+        path: its file.
+        datamodule: its cohort.
+        network: of the features that distances are taken in; None without one.
+        instruments: what measures covariates, by covariate.
+        samplers: further ways of drawing, see :func:`ldm.commands.sampler_table.read_samplers`.
+        axes: of the sweeps.
+        seeds: of the noise.
+        goals: see :func:`ldm.evaluation.goals.check_goals`.
+    """
+
+    config: DictConfig
+    model: Generative
+    path: Path
+    datamodule: CohortDataModule
+    network: FeatureNetwork | None
+    instruments: Mapping[str, Instrument]
+    samplers: Mapping[str, DictConfig]
+    axes: Sequence[Axis]
+    seeds: Sequence[int]
+    goals: Mapping[str, float]
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is measured. Sample i was asked with the covariates of held-out image i, in turn.
+
+    Attributes:
+        real: held-out images.
+        records: of these.
+        samples: ``n``, of the first seed, and behind them ``repeats`` more with the covariates of the first subjects.
+        further: seed -> ``n`` samples of each of the other seeds.
+        inputs: what the ``n`` were given beside covariates.
+        otherwise: name -> ``n`` samples drawn with other samplers.
+        rebuilt: held-out images through the first stage; None without one.
+        value_range: black and white.
+        once: the ``n`` alone, as the others repeat covariates.
+    """
+
+    real: ImageSet
+    records: Sequence[Record]
+    samples: ImageSet
+    further: Mapping[int, ImageSet]
+    inputs: Mapping[str, Sequence[Any]]
+    otherwise: Mapping[str, ImageSet]
+    rebuilt: Sequence[np.ndarray] | None
+    value_range: tuple[float, float]
+    once: ImageSet
+
+
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate a model against the held-out subjects of its cohort; returns what ``metrics.json`` holds.
 
@@ -55,108 +118,117 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     if config.real is not None or config.synthetic is not None:
         return compare_folders(config)
+    setup = checked(config)
+    images = drawn_images(setup)
+    metrics = {**facts(setup, images), **measured(setup, images)}
+    metrics = {name: value for name, value in metrics.items() if value is not None}
+    pictures(setup.model, images.real, images.samples, setup.folder / "figures", images.value_range)
+    keep_curves(setup.model, config, setup.folder / "figures")
+    keep_audit(setup.model, config, setup.folder)
+    write_json(setup.folder / "metrics.json", metrics)
+    logger.info("Report: %s", write_report(setup.folder))
+    return metrics
+
+
+def checked(config: DictConfig) -> Setup:
+    """Load and check everything that an evaluation needs.
+
+    Raises:
+        LdmError: an illegal setting, a model of another split, of label maps, or of another cohort than its networks.
+    """
     check_counts(config, "n", "pairs", "batch_size", "sweep_n", "n_ref", *(["repeats"] if config.repeats != 0 else []))
-    folder, seeds, goals = Path(config.run_dir), generation_seeds(config), check_goals(section(config, "goals"))
+    seeds, goals = generation_seeds(config), check_goals(section(config, "goals"))
     model, path = load_model(config)
     if model.classes is not None:
         raise LdmError(
             f"{path} generates label maps; measure them with ldm segment evaluate=true, see ldm segment --help."
         )
     datamodule = model_cohort(config, model, path)
+    cohort = datamodule.cohort
     network = find_features(section(config, "features"), model.device, model.preprocessing)
     if network is not None:
-        check_features(network, model.preprocessing, datamodule.cohort.name, datamodule.cohort.split_hash)
-    instruments = find_instruments(
-        plain(config.data).get("instrument"),
-        datamodule.preprocessing,
-        datamodule.schema,
-        datamodule.cohort.split_hash,
-    )
+        check_features(network, model.preprocessing, cohort.name, cohort.split_hash)
+    sections = plain(config.data).get("instrument")
+    instruments = find_instruments(sections, datamodule.preprocessing, datamodule.schema, cohort.split_hash)
     samplers = read_samplers(config, model, seeds[0])
-    axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, datamodule.cohort.split("train"))
-    real, records = held_out_set(datamodule, model.preprocessing.channels, config.n)
-    samples, further = generated(model, path, config, real, records, seeds)
-    once = samples.first(config.n)  # the others repeat covariates
-    inputs = record_inputs(model.header.get("conditioners", {}), [records[i % len(real)] for i in range(config.n)])
-    drawn_otherwise = draw_samplers(samplers, model, path, once, inputs)
+    axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"))
+    return Setup(config, model, path, datamodule, network, instruments, samplers, axes, seeds, goals)
+
+
+def drawn_images(setup: Setup) -> Images:
+    """Held-out images, their reconstructions, and samples at their covariates, written to files and read again."""
+    model, n = setup.model, setup.config.n
+    real, records = held_out_set(setup.datamodule, model.preprocessing.channels, n)
+    samples, further = generated(setup, real, records)
+    once = samples.first(n)
+    inputs = record_inputs(model.header.get("conditioners", {}), [records[i % len(real)] for i in range(n)])
+    otherwise = draw_samplers(setup.samplers, model, setup.path, once, inputs)
     value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
     rebuilt = reconstructions(model, real.images, real.rows, value_range) if model.reconstructs else None
-    repeated = len(samples) - config.n
-    metrics: dict[str, Any] = {
-        "model_sha256": model.header["tensors_sha256"],
-        "model": describe_model(model, config),
-        "cohort": datamodule.cohort.name,
-        "simulated": model.header.get("simulated", False),
-        "split_sha256": datamodule.cohort.split_hash,
-        "goals": goals,
-        "n": {"held_out": len(real), "samples": config.n, "repeats": repeated},
-        "seeds": seeds,
-        "reconstruction": None if rebuilt is None else quality(real.images, rebuilt, value_range, records),
-        "diversity": diversity(model, real, rebuilt, samples.images, config.n, repeated, value_range),
-        "ms_ssim": within(real, rebuilt, once, further, value_range, config),
+    return Images(real, records, samples, further, inputs, otherwise, rebuilt, value_range, once)
+
+
+def facts(setup: Setup, images: Images) -> dict[str, Any]:
+    """What was evaluated, on what, and how."""
+    config, header, cohort = setup.config, setup.model.header, setup.datamodule.cohort
+    return {
+        "model_sha256": header["tensors_sha256"],
+        "model": describe_model(setup.model, config),
+        "cohort": cohort.name,
+        "simulated": header.get("simulated", False),
+        "split_sha256": cohort.split_hash,
+        "goals": setup.goals,
+        "n": {"held_out": len(images.real), "samples": config.n, "repeats": len(images.samples) - config.n},
+        "seeds": setup.seeds,
     }
-    if instruments:
-        sections = plain(config.data).get("instrument")
+
+
+def measured(setup: Setup, images: Images) -> dict[str, Any]:
+    """Everything that is measured; None where there is nothing to measure it with."""
+    real, rebuilt, model = images.real, images.rebuilt, setup.model
+    metrics: dict[str, Any] = {
+        "reconstruction": None
+        if rebuilt is None
+        else quality(real.images, rebuilt, images.value_range, images.records),
+        "diversity": diversity(setup, images),
+        "ms_ssim": within(setup, images),
+    }
+    if setup.instruments:
+        sections = plain(setup.config.data).get("instrument")
         metrics["instruments"] = {"data.instrument": sections, "sha256": instrument_hashes(sections)}
-        metrics["fidelity"] = fidelity(instruments, model.schema, real, samples, folder / "figures", further)
+        drawn_sets = images.samples, setup.folder / "figures", images.further
+        metrics["fidelity"] = fidelity(setup.instruments, model.schema, real, *drawn_sets)
     if "mask" in model.header.get("conditioners", {}):
-        subjects = [i % len(real) for i in range(config.n)]
-        metrics["mask_dice"] = mask_agreement(config, model, records, real.images, rebuilt, once.images, subjects)
-    if axes:
-        metrics["sweep"] = sweeps(axes, model, path, config, instruments, value_range)
-    if network is not None:
-        more = {seed: one.images for seed, one in further.items()}
-        metrics["distances"] = model_distances(
-            network,
-            model,
-            datamodule,
-            real.images,
-            rebuilt,
-            once.images,
-            config.n_ref,
-            config.seed,
-            more,
-            real.subjects,
-            {name: one.images for name, one in drawn_otherwise.items()},
-        )
-    if samplers:
+        metrics["mask_dice"] = mask_agreement(setup, images)
+    if setup.axes:
+        metrics["sweep"] = sweeps(setup, images.value_range)
+    if setup.network is not None:
+        metrics["distances"] = distances(setup, images)
+    if setup.samplers:
         rows = (metrics.get("distances") or {}).get("rows", {})
-        everything = {CONFIGURED: config, **samplers}, {CONFIGURED: once, **drawn_otherwise}
-        metrics["samplers"] = sampler_table(*everything, model, merged(instruments), inputs, rows)
-    pictures(model, real, samples, folder / "figures", value_range)
-    keep_curves(model, config, folder / "figures")
-    keep_audit(model, config, folder)
-    metrics = {name: value for name, value in metrics.items() if value is not None}
-    write_json(folder / "metrics.json", metrics)
-    logger.info("Report: %s", write_report(folder))
+        settings = {CONFIGURED: setup.config, **setup.samplers}
+        sets = {CONFIGURED: images.once, **images.otherwise}
+        metrics["samplers"] = sampler_table(settings, sets, model, merged(setup.instruments), images.inputs, rows)
     return metrics
 
 
-def generated(
-    model: Generative,
-    path: Path,
-    config: DictConfig,
-    real: ImageSet,
-    records: Sequence[Record],
-    seeds: Sequence[int],
-) -> tuple[ImageSet, dict[int, ImageSet]]:
+def generated(setup: Setup, real: ImageSet, records: Sequence[Record]) -> tuple[ImageSet, dict[int, ImageSet]]:
     """``n`` samples of every seed, asked with the covariates of held-out subjects in turn.
 
     Returns:
-        Those of the first seed, and behind them ``repeats`` more with the covariates of the first subjects; and seed ->
-        those of the others.
+        ``samples`` and ``further`` of :class:`Images`.
     """
-    folder = Path(config.run_dir)
+    config = setup.config
     numbers = [i % len(real) for i in range(config.n)] + list(range(min(config.repeats, len(real), config.n)))
     asked = [dict(real.rows[i]) for i in numbers]
     whose = [real.subjects[i] for i in numbers]
-    inputs = record_inputs(model.header.get("conditioners", {}), [records[i] for i in numbers])
-    first, *others = seeds
-    samples = ImageSet(drawn(model, path, folder / "samples", asked, config, inputs, first), asked, whose)
+    inputs = record_inputs(setup.model.header.get("conditioners", {}), [records[i] for i in numbers])
+    first, *others = setup.seeds
+    samples = ImageSet(drawn(setup, setup.folder / "samples", asked, inputs, first), asked, whose)
     asked, whose = asked[: config.n], whose[: config.n]
     inputs = {name: values[: config.n] for name, values in inputs.items()}
     further = {
-        seed: ImageSet(drawn(model, path, folder / f"samples_seed{seed}", asked, config, inputs, seed), asked, whose)
+        seed: ImageSet(drawn(setup, setup.folder / f"samples_seed{seed}", asked, inputs, seed), asked, whose)
         for seed in others
     }
     return samples, further
@@ -177,17 +249,17 @@ def generation_seeds(config: DictConfig) -> list[int]:
 
 
 def drawn(
-    model: Generative,
-    path: Path,
+    setup: Setup,
     folder: Path,
     asked: Sequence[Mapping[str, Any]],
-    config: DictConfig,
     inputs: Mapping[str, Sequence[Any]] | None = None,
     seed: int | None = None,
 ) -> list[np.ndarray]:
     """Samples ``(C, *S)`` of one seed, written to ``folder`` (those that are there are kept) and read again."""
-    draw(model, path, folder, asked, config if seed is None else OmegaConf.merge(config, {"seed": seed}), inputs)
-    return [read_sample(model, image_paths(model, folder, sample_name(i))) for i in range(len(asked))]
+    config = setup.config if seed is None else OmegaConf.merge(setup.config, {"seed": seed})
+    draw(setup.model, setup.path, folder, asked, config, inputs)
+    paths = [image_paths(setup.model, folder, sample_name(i)) for i in range(len(asked))]
+    return [read_sample(setup.model, one) for one in paths]
 
 
 def compare_folders(config: DictConfig) -> dict[str, Any]:
@@ -213,100 +285,91 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def diversity(
-    model: Generative,
-    real: ImageSet,
-    rebuilt: Sequence[np.ndarray] | None,
-    samples: Sequence[np.ndarray],
-    n: int,
-    repeated: int,
-    value_range: tuple[float, float],
-) -> dict[str, Any]:
+def diversity(setup: Setup, images: Images) -> dict[str, Any]:
     """Spread of real subjects with like covariates, of samples asked as these, and of samples at the same covariates.
 
     The same subjects after reconstruction stand between: noise and fine detail that the first stage does not keep
     make real images differ, and no sample can have them. Sample i was asked as subject i, so the first three rows
     compare the same pairs of covariates.
     """
-    result = {}
-    asked = min(n, len(real))
-    pairs = nearest_pairs(model.schema, real.rows[:asked], real.subjects[:asked])
+    real, samples, value_range, n = images.real, images.samples.images, images.value_range, setup.config.n
+    asked, result = min(n, len(real)), {}
+    pairs = nearest_pairs(setup.model.schema, real.rows[:asked], real.subjects[:asked])
     if pairs:
         result["real, nearest covariates"] = spread(real.images, pairs, value_range)
-        if rebuilt is not None:
-            result["the same, reconstructed"] = spread(rebuilt, pairs, value_range)
+        if images.rebuilt is not None:
+            result["the same, reconstructed"] = spread(images.rebuilt, pairs, value_range)
         result["samples asked as these"] = spread(samples, pairs, value_range)
-    if repeated:
-        same = [(i, n + i) for i in range(repeated)]
+    if len(samples) > n:
+        same = [(i - n, i) for i in range(n, len(samples))]
         result["samples, same covariates"] = spread(samples, same, value_range)
     return result
 
 
-def within(
-    real: ImageSet,
-    rebuilt: Sequence[np.ndarray] | None,
-    samples: ImageSet,
-    further: Mapping[int, ImageSet],
-    value_range: tuple[float, float],
-    config: DictConfig,
-) -> dict[str, Any] | None:
+def within(setup: Setup, images: Images) -> dict[str, Any] | None:
     """MS-SSIM within as many real images, reconstructions and samples; image i of each belongs to subject i.
 
     See :func:`ldm.evaluation.diversity.within_sets`.
     """
-    n = min(len(real), len(samples))
-    reconstructed = {} if rebuilt is None else {RECONSTRUCTED: rebuilt[:n]}
-    sets = {REAL: real.images[:n], **reconstructed, SAMPLES: samples.images[:n]}
-    more = {seed: one.images[:n] for seed, one in further.items()}
-    return within_sets(sets, real.subjects[:n], value_range, config.pairs, config.seed, more)
+    n = min(len(images.real), len(images.once))
+    reconstructed = {} if images.rebuilt is None else {RECONSTRUCTED: images.rebuilt[:n]}
+    sets = {REAL: images.real.images[:n], **reconstructed, SAMPLES: images.once.images[:n]}
+    more = {seed: one.images[:n] for seed, one in images.further.items()}
+    pairs, seed = setup.config.pairs, setup.config.seed
+    return within_sets(sets, images.real.subjects[:n], images.value_range, pairs, seed, more)
 
 
-def sweeps(
-    axes: Sequence[Axis],
-    model: Generative,
-    path: Path,
-    config: DictConfig,
-    instruments: Mapping[str, Instrument],
-    value_range: tuple[float, float],
-) -> dict[str, Any]:
+def distances(setup: Setup, images: Images) -> dict[str, Any] | None:
+    """See :func:`ldm.evaluation.distances.model_distances`."""
+    return model_distances(
+        setup.network,
+        setup.model,
+        setup.datamodule,
+        images.real.images,
+        images.rebuilt,
+        images.once.images,
+        n_ref=setup.config.n_ref,
+        seed=setup.config.seed,
+        further={seed: one.images for seed, one in images.further.items()},
+        subjects=images.real.subjects,
+        others={name: one.images for name, one in images.otherwise.items()},
+    )
+
+
+def sweeps(setup: Setup, value_range: tuple[float, float]) -> dict[str, Any]:
     """Covariate -> what :func:`ldm.evaluation.sweep.measure_sweep` gives.
 
     Every value has a folder of its own, so that number k of each starts from the same noise.
     """
-    folder, result = Path(config.run_dir), {}
-    for axis in axes:
+    result, count = {}, setup.config.sweep_n
+    for axis in setup.axes:
         name = axis.covariate.name
+        folders = [setup.folder / f"sweep/{name}/{float(value)!r}" for value in axis.values]
         images = [
-            drawn(model, path, folder / f"sweep/{name}/{float(value)!r}", [axis.row(value)] * config.sweep_n, config)
-            for value in axis.values
+            drawn(setup, folder, [axis.row(value)] * count) for folder, value in zip(folders, axis.values, strict=True)
         ]
-        shown = {"value_range": value_range, "rgb": model.preprocessing.is_rgb}
-        result[name] = measure_sweep(axis, images, instruments, folder / "figures", **shown)
+        shown = {"value_range": value_range, "rgb": setup.model.preprocessing.is_rgb}
+        result[name] = measure_sweep(axis, images, setup.instruments, setup.folder / "figures", **shown)
         if not result[name]["measured"]:
             logger.warning("sweep.%s: no instrument measures it; the report only shows the images.", name)
     return result
 
 
-def mask_agreement(
-    config: DictConfig,
-    model: Generative,
-    records: Sequence[Record],
-    real: Sequence[np.ndarray],
-    rebuilt: Sequence[np.ndarray] | None,
-    samples: Sequence[np.ndarray],
-    subjects: Sequence[int],
-) -> dict[str, Any]:
+def mask_agreement(setup: Setup, images: Images) -> dict[str, Any]:
     """Dice of the label maps that samples were given with those found in them; ``left_out`` says why there is none."""
+    recipe, config = setup.model.preprocessing, setup.config
     try:
-        if any(record.labels is None for record in records):
+        if any(record.labels is None for record in images.records):
             raise LdmError("held-out subjects have no label map that could be asked for; set data.labels.")
-        classes, recipe = model.network.conditioners["mask"].classes, model.preprocessing
+        classes = setup.model.network.conditioners["mask"].classes
         segmenter, path = mask_segmenter(plain(config.data).get("instrument"), classes, recipe)
     except LdmError as error:
         logger.warning("No Dice of asked and found label maps: %s", error)
         return {"left_out": str(error)}
-    asked = [recipe.read_labels(record.labels) for record in records]  # (*S) each
-    found = mask_dice(segmenter, asked, real, rebuilt, samples, subjects, config.seed)
+    asked = [recipe.read_labels(record.labels) for record in images.records]  # (*S) each
+    subjects = [i % len(images.real) for i in range(config.n)]
+    sets = images.real.images, images.rebuilt, images.once.images
+    found = mask_dice(segmenter, asked, *sets, subjects, config.seed)
     for label, rows in found["labels"].items():
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))

@@ -46,7 +46,8 @@ def read_samplers(config: DictConfig, model: Generative, seed: int) -> dict[str,
                 raise LdmError(f"{where}.{key} is not a setting.{nearest(key, SAMPLING_KEYS)} Legal: {legal}.")
         if str(name) == CONFIGURED:
             raise LdmError(f"{where}: the first row is called like this; choose another name.")
-        replaced = {**OmegaConf.to_container(config, resolve=True), **given, "seed": seed}
+        own = {"eta": None} if "sampler" in given else {}  # what belongs to the evaluation's sampler, not to another
+        replaced = {**OmegaConf.to_container(config, resolve=True), **own, **given, "seed": seed}
         found[str(name)] = OmegaConf.create(replaced)
         try:
             expect_known_options(model, found[str(name)])

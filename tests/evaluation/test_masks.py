@@ -16,6 +16,7 @@ from ldm.data.intensity import IntensityRecipe
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
+from ldm.evaluation.fidelity import ImageSet
 from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter, other_subjects, summary
 from ldm.evaluation.report import _template, masks_in_words
 from ldm.model.segmenter import Segmenter, build_segmenter
@@ -145,17 +146,20 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
         network=SimpleNamespace(conditioners={"mask": SimpleNamespace(classes=CLASSES)}), preprocessing=RECIPE
     )
     records = [Record(name, name, {}, str(tmp_path / "map.png"), {}, "test") for name in "ab"]
-    config = OmegaConf.create({"data": {"instrument": segmenter}, "seed": 0})
+    config = OmegaConf.create({"data": {"instrument": segmenter}, "n": 2, "seed": 0})
+    shown = ImageSet(IMAGES[:2], [{}, {}], ["a", "b"])
+    images = SimpleNamespace(real=shown, rebuilt=IMAGES[:2], once=shown, records=records)
+    setup = SimpleNamespace(config=config, model=model)
     with caplog.at_level("INFO", "ldm"):
-        found = mask_agreement(config, model, records, IMAGES[:2], IMAGES[:2], IMAGES[:2], [0, 1])
+        found = mask_agreement(setup, images)
     assert [found["labels"]["left"][row]["n"] for row in (SAMPLES, HELD_OUT, REBUILT, CHANCE)] == [2] * 4
     assert "Dice of left: samples" in caplog.text
     page = _template("masks.html").render(masks=found)
     assert page.count("<td>left</td>") == 4
     assert f"{found['labels']['left'][SAMPLES]['mean']:.3f}" in page
     config.data.instrument = None
-    found = mask_agreement(config, model, records, IMAGES[:2], IMAGES[:2], IMAGES[:2], [0, 1])
+    found = mask_agreement(setup, images)
     assert "data.instrument is not set" in caplog.text
     assert "No Dice: data.instrument is not set" in _template("masks.html").render(masks=found)
     records[1] = replace(records[1], labels=None)
-    assert "data.labels" in mask_agreement(config, model, records, [], [], [], [])["left_out"]
+    assert "data.labels" in mask_agreement(setup, images)["left_out"]
