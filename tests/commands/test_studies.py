@@ -17,7 +17,7 @@ STUDIES = {
     "demo_anomaly/percentiles": (4, None),
     "hippocampus/mask": (1, [48, 64, 48]),
     "hippocampus/ours": (1, [48, 64, 48]),
-    "hippocampus/upright": (1, [48, 64, 48]),
+    "hippocampus/pixels": (1, [48, 64, 48]),
     "lgg_anomaly/pixels": (3, [64, 64]),
     "mednist_ldm/ablation/epsilon": (1, [64, 64]),
     "mednist_ldm/ablation/flow": (1, [64, 64]),
