@@ -35,21 +35,19 @@ from ldm.applications.release.files import (
     file_sha256,
     gzipped,
     read_sums,
-    read_tsv,
     sha256,
     sums,
     write_whole,
 )
 from ldm.applications.release.plan import FILE, Plan, check_count, environment, environment_id, planned_count, settle
+from ldm.applications.release.shards import WORK, Shard, Volume, json_or
 from ldm.errors import LdmError
 from ldm.model.output import sample_name
 
 logger = logging.getLogger(__name__)
 
-WORK = ".release"  # claims, receipts and temporary files; not there once the release is complete
 SESSIONS = "sessions"
 POLL = 1.0  # seconds between looks at what others are still at
-Volume = dict[str, Any]  # a row of a shard's provenance.tsv
 
 
 @dataclass
@@ -83,45 +81,6 @@ class Session:
     def share_outside_network(self) -> float:
         """Of the session's time."""
         return 1 - self.network_seconds / max(self.seconds, 1e-9)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Volumes ``start`` to ``stop - 1``, a BIDS data set in a folder of its own."""
-
-    number: int
-    start: int
-    stop: int
-    out: Path
-
-    @property
-    def name(self) -> str:
-        return f"shard-{self.number:04d}"
-
-    @property
-    def folder(self) -> Path:
-        return self.out / self.name
-
-    @property
-    def receipts(self) -> Path:
-        return self.out / WORK / "receipts" / self.name
-
-    def batches(self, size: int) -> Iterator[range]:
-        """Numbers of the volumes of every micro-batch; the last one may lead beyond the shard."""
-        return (range(start, start + size) for start in range(self.start, self.stop, size))
-
-    def known(self) -> dict[str, Volume]:
-        """File -> row of every volume that was made, by receipts and, of a shard that was sealed before, its table."""
-        paths = sorted(self.receipts.glob("*.json"))
-        receipts = {row["file"]: row for path in paths for row in _json_or(path, [])}
-        # The table is read last: who seals the shard meanwhile writes it before the receipts go.
-        return {row["file"]: _typed(row) for row in read_tsv(self.folder / documents.VOLUMES)} | receipts
-
-    def is_sealed(self) -> bool:
-        """Whether it is whole, with as many volumes as it is to have."""
-        if not (self.folder / SUMS).is_file():
-            return False
-        return len({row["index"] for row in read_tsv(self.folder / documents.VOLUMES)}) == self.stop - self.start
 
 
 class Release:
@@ -225,10 +184,10 @@ class Release:
             wanted = [index for index in batch if index < shard.stop]
             if self._all_there(shard, known, wanted):
                 self._count(wanted)
-            elif self._is_mine(shard, batch) and self.claims.take(_claim(shard, batch)):
-                known |= {row["file"]: row for row in _json_or(_receipt(shard, batch), [])}
+            elif self._is_mine(shard, batch) and self.claims.take(shard.claim(batch)):
+                known |= {row["file"]: row for row in json_or(shard.receipt(batch), [])}
                 if self._all_there(shard, known, wanted) or shard.is_sealed():  # somebody finished it a moment ago
-                    self.claims.release(_claim(shard, batch))
+                    self.claims.release(shard.claim(batch))
                     self._count(wanted)
                 else:
                     self._sample(shard, batch, pool)
@@ -243,7 +202,7 @@ class Release:
         return (shard.number * per_shard + (batch.start - shard.start) // self.plan.batch_size) % count == k
 
     def _all_there(self, shard: Shard, known: Mapping[str, Volume], wanted: Sequence[int]) -> bool:
-        return all(_is_there(shard, known, file) for index in wanted for file in self._files(index))
+        return all(shard.has(known, file) for index in wanted for file in self._files(index))
 
     def _files(self, index: int) -> list[str]:
         """Names of a volume's files in its shard, one a channel."""
@@ -276,8 +235,8 @@ class Release:
         wanted = [index for index in batch if index < shard.stop]
         for index, image in zip(wanted, images, strict=False):
             volumes += self._write_volume(shard, index, image)
-        self._write(_receipt(shard, batch), as_json(volumes))
-        self.claims.release(_claim(shard, batch))
+        self._write(shard.receipt(batch), as_json(volumes))
+        self.claims.release(shard.claim(batch))
         return wanted, time.perf_counter() - began
 
     def _write_volume(self, shard: Shard, index: int, image: np.ndarray) -> list[Volume]:
@@ -310,7 +269,7 @@ class Release:
         known = shard.known()
         files = [file for index in range(shard.start, shard.stop) for file in self._files(index)]
         claim = f"seal-{shard.name}"
-        if not all(_is_there(shard, known, file) for file in files) or not self.claims.take(claim):
+        if not all(shard.has(known, file) for file in files) or not self.claims.take(claim):
             return
         try:
             if not shard.is_sealed() and self._is_sound(shard, {file: known[file]["sha256"] for file in files}):
@@ -390,7 +349,7 @@ class Release:
 
     def _environments(self) -> dict[str, Any]:
         """Where volumes were made: as workers left it, and, of a release that grew, as it was known before."""
-        before = _json_or(self.out / "provenance.json", {}).get("environments", {})
+        before = json_or(self.out / "provenance.json", {}).get("environments", {})
         folder = self.out / WORK / "environments"
         return before | {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -442,30 +401,3 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-
-def _claim(shard: Shard, batch: range) -> str:
-    return f"{shard.name}-{batch.start:06d}"
-
-
-def _receipt(shard: Shard, batch: range) -> Path:
-    return shard.receipts / f"{batch.start:06d}.json"
-
-
-def _is_there(shard: Shard, known: Mapping[str, Volume], file: str) -> bool:
-    """Whether a volume is known and lies there with its size; checksums are compared when the shard is sealed."""
-    try:
-        return file in known and (shard.folder / file).stat().st_size == known[file]["bytes"]
-    except FileNotFoundError:
-        return False
-
-
-def _typed(row: Mapping[str, str]) -> Volume:
-    return {**row, **{name: int(row[name]) for name in ("index", "seed", "bytes")}}
-
-
-def _json_or(path: Path, default: Any) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return default
