@@ -177,7 +177,7 @@ def test_a_gan_is_audited_as_any_model(trained, ldm, tmp_path):
     code, text = ldm(*request, "n=6", "planted=3", "flip_axes=0", "run_dir=audit")
     assert code in (0, NOT_PASSED), text
     found = json.loads((tmp_path / "audit/audit.json").read_text())
-    assert set(found["spaces"]) == {"features"}  # a GAN has no latents of images
+    assert set(found["spaces"]) == {"features", "correlation"}  # a GAN has no latents of images
     assert found["model_sha256"] == read_header(runs / "lsgan/model.safetensors")["tensors_sha256"]
 
 
