@@ -215,12 +215,13 @@ def _row(
 ) -> dict[str, Any]:
     n = len(features)
     ours, theirs = features @ axes, reference @ axes  # (N, D), (R, D)
-    extrapolates = n >= SMALLEST and n > 2 * axes.shape[1]
+    extrapolates = n >= SMALLEST and min(len(np.unique(one)) for one in whose) > 2 * axes.shape[1]
+    subjects = {"whose_a": whose[0], "whose_b": whose[1]}
     return {
         "n": n,
         "frechet": frechet_distance(ours, theirs),
-        "frechet_interval": list(frechet_interval(ours, theirs, seed=seed, whose_a=whose[0], whose_b=whose[1])),
-        "frechet_infinity": frechet_infinity(ours, theirs, seed=seed) if extrapolates else None,
+        "frechet_interval": list(frechet_interval(ours, theirs, seed=seed, **subjects)),
+        "frechet_infinity": frechet_infinity(ours, theirs, seed=seed, **subjects) if extrapolates else None,
         "kid": kernel_distance(features, reference),
         "kid_interval": list(kernel_interval(features, reference, *whose)),
         "mmd": mmd(features, reference, bandwidth),

@@ -17,7 +17,7 @@ from ldm.metrics.similarity import ms_ssim, ms_ssim_protocol
 def nearest_pairs(
     schema: CovariateSchema, rows: Sequence[Mapping[str, Any]], subjects: Sequence[str]
 ) -> list[tuple[int, int]]:
-    """Each image with that of another subject whose covariates are nearest.
+    """Each image with that of another subject whose covariates are nearest; one at random of those equally near.
 
     Args:
         schema: of the covariates.
@@ -42,6 +42,8 @@ def nearest_pairs(
     scaled = (filled - filled.mean(0)) / np.maximum(filled.std(0), 1e-9)
     distance = np.linalg.norm(scaled[:, None] - scaled[None], axis=-1)  # (N, N)
     names = np.asarray(subjects)
+    # Were it always the first of them, all images of a level would be compared with the same one.
+    distance += 1e-9 * np.random.default_rng(0).random(distance.shape)
     distance[names[:, None] == names[None]] = np.inf
     nearest = [(i, int(row.argmin())) for i, row in enumerate(distance) if np.isfinite(row).any()]
     return sorted({tuple(sorted(pair)) for pair in nearest})
@@ -136,6 +138,7 @@ def within_sets(
         "protocol": {
             **ms_ssim_protocol(sets[REAL][0].shape[1:]),
             "images": len(subjects),
+            "subjects": len(set(subjects)),
             "pairs": len(pairs),
             "drawn": "all pairs of different subjects, or a random choice; the same positions in every set",
             "interval": "95 %, 2000 bootstrap resamples of subjects",

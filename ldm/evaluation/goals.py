@@ -14,6 +14,7 @@ from typing import Any
 from ldm.errors import LdmError, nearest
 from ldm.evaluation.audit import INCONCLUSIVE
 
+FEWEST = 5  # subjects: the interval of fewer says next to nothing of others, and that of one has no width
 GOALS = {"frechet_ratio": 1.5, "ms_ssim": 0.02, "share": 0.95}
 MET, MISSED, UNDECIDED, NOT_MEASURED = "met", "missed", "undecided", "not measured"
 
@@ -130,6 +131,8 @@ def diversity(within: Metrics | None, goal: float | None) -> Verdict:
         f"{difference['interval'][1]:+.3f}); goal: at most {goal:g} either way."
     )
     seeds = _over_seeds(within.get("seeds", {}).get("difference"), "{:+.3f}")
+    if within["protocol"].get("subjects", FEWEST) < FEWEST:
+        return Verdict(question, NOT_MEASURED, _too_few(within["protocol"]["subjects"]) + said)
     return Verdict(question, judged(difference["interval"], -goal, goal), said + seeds)
 
 
@@ -155,6 +158,8 @@ def _condition(name: str, entry: Metrics, goal: float | None) -> Verdict:
         f"{share['value']:.0%} of the agreement on real images is reached "
         f"{_interval(share['interval'], percent=True)}; goal: at least {goal:.0%}. "
     )
+    if share.get("subjects", FEWEST) < FEWEST:
+        return Verdict(question, NOT_MEASURED, _too_few(share["subjects"]) + reached + said)
     seeds = entry.get("seeds", {})
     return Verdict(
         question,
@@ -217,6 +222,10 @@ def _no_ratio(row: Metrics, goal: float | None) -> str:
     if ratio is None:
         return "Real held-out images have no distance that others could be compared with."
     return f"The ratio to real images is {number(ratio)}, but this evaluation is older than its interval."
+
+
+def _too_few(subjects: int) -> str:
+    return f"There are {subjects} held-out subjects, whose interval says too little of others ({FEWEST} would do). "
 
 
 def _method(distances: Metrics) -> str:

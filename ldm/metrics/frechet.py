@@ -33,16 +33,6 @@ def _root(x: np.ndarray) -> np.ndarray:
     return np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
 
 
-def frechet_from_moments(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """Squared Fréchet distance of Gaussians with means ``(F,)`` and covariances ``(F, F)``."""
-    values, vectors = np.linalg.eigh(np.asarray(cov_a, np.float64))
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T  # (F, F), A^(1/2)
-    product = np.linalg.eigvalsh(root @ np.asarray(cov_b, np.float64) @ root)  # (F,)
-    shared = np.sqrt(product.clip(min=0)).sum()
-    apart = np.square(np.asarray(mean_a, np.float64) - mean_b).sum()
-    return max(float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * shared), 0.0)
-
-
 def frechet_interval(
     a: np.ndarray,
     b: np.ndarray,
@@ -85,27 +75,44 @@ def _resample(images: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
             return rows
 
 
-def frechet_infinity(a: np.ndarray, b: np.ndarray, points: int = 15, seed: int = 0) -> float:
-    """The distance that infinitely many images would have: intercept of a line in 1/n (Chong & Forsyth 2020).
+def frechet_infinity(
+    a: np.ndarray,
+    b: np.ndarray,
+    points: int = 15,
+    seed: int = 0,
+    whose_a: np.ndarray | None = None,
+    whose_b: np.ndarray | None = None,
+) -> float:
+    """The distance that infinitely many subjects would have: intercept of a line in 1/n (Chong & Forsyth 2020).
 
-    The distance of n images from n others has a bias that falls as 1/n. It is taken at ``points`` sizes from a half of
-    the smaller set to all of it, drawn without replacement. Both sets are thinned, so that the intercept is free of the
-    bias of either (the paper thins the generated one and has a reference that is as good as infinite). May be negative.
+    The distance of n subjects from n others has a bias that falls as 1/n. It is taken at ``points`` sizes from a half
+    of the smaller set to all of it, drawn without replacement, each with all of its images. Both sets are thinned, so
+    that the intercept is free of the bias of either (the paper thins the generated one and has a reference that is as
+    good as infinite). May be negative.
+
+    Args:
+        a, b: features ``(N, F)`` and ``(M, F)``.
+        points, seed: of the thinning.
+        whose_a, whose_b: number of each image's subject, ``(N,)`` and ``(M,)``; None is another subject each.
 
     Raises:
-        LdmError: fewer than 8 images, or not more than twice as many images as features: the line has not begun there.
+        LdmError: fewer than 8 images, or not more than twice as many subjects as features: the line has not begun.
     """
     a, b = checked(a, b, 8)
-    largest = min(len(a), len(b))
+    images_a, images_b = _of_subjects(len(a), whose_a), _of_subjects(len(b), whose_b)
+    largest = min(len(images_a), len(images_b))
     if largest <= 2 * a.shape[1]:
         raise LdmError(
-            f"{largest} images of {a.shape[1]} features do not tell the distance at infinity; "
-            f"more than {2 * a.shape[1]} images do, or fewer features."
+            f"{largest} subjects and {a.shape[1]} features do not tell the distance at infinity; "
+            f"more than {2 * a.shape[1]} subjects do, or fewer features."
         )
     rng = np.random.default_rng(seed)
     sizes = np.unique(np.linspace(largest // 2, largest, points).round().astype(int))
-    distances = [
-        frechet_distance(a[rng.permutation(len(a))[:size]], b[rng.permutation(len(b))[:size]]) for size in sizes
-    ]
+    distances = [frechet_distance(a[_some(images_a, size, rng)], b[_some(images_b, size, rng)]) for size in sizes]
     _, intercept = np.polyfit(1 / sizes, distances, 1)
     return float(intercept)
+
+
+def _some(images: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of the images of ``size`` subjects, drawn without replacement."""
+    return np.concatenate([images[i] for i in rng.permutation(len(images))[:size]])

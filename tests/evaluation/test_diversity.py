@@ -36,6 +36,13 @@ def test_nearest_pairs_are_nearest_in_standardised_covariates_and_of_different_s
     assert nearest_pairs(schema, rows, ["a"] * 4) == []
 
 
+def test_of_subjects_equally_near_no_single_one_is_everybodys_partner():
+    schema = CovariateSchema([Covariate("site", "categorical", levels=("a", "b"))])
+    pairs = nearest_pairs(schema, [{"site": "ab"[i % 2]} for i in range(60)], [f"sub-{i}" for i in range(60)])
+    assert all((i - j) % 2 == 0 for i, j in pairs)
+    assert np.bincount(np.ravel(pairs)).max() < 10
+
+
 def test_copies_have_no_spread():
     rng = np.random.default_rng(0)
     images = [rng.random((1, 24, 24), dtype=np.float32) for _ in range(2)]

@@ -91,6 +91,7 @@ def test_the_verdict_on_realism(part, status, said):
         (within(-0.1, (-0.12, -0.08)), MISSED, "less alike than real ones by 0.100"),
         (within(0.02, (-0.01, 0.05)), UNDECIDED, "-0.010 to +0.050"),
         (within() | {"seeds": {"difference": {"values": [0, 1], "mean": 0.5, "std": 0.7}}}, MET, "Over 2 seeds"),
+        (within() | {"protocol": {"subjects": 2}}, NOT_MEASURED, "There are 2 held-out subjects"),
         (None, NOT_MEASURED, "too few images"),
     ],
 )
@@ -105,6 +106,7 @@ def test_the_verdict_on_diversity(part, status, said):
         (condition(), MET, "98% of the agreement on real images is reached (95 %: 96% to 100%)"),
         (condition((0.3, 0.8)), MISSED, "r = 0.800, slope 0.90, mean error 3 years"),
         (condition((0.8, 1.0)), UNDECIDED, "goal: at least 95%"),
+        (condition(share={"value": 1.4, "interval": [1.4, 1.4], "subjects": 1}), NOT_MEASURED, "There are 1 held-out"),
         (condition(share=None), NOT_MEASURED, "does not read it from real images"),
         ({"sex": {**SEX, "share": {"value": 1.0, "interval": [0.95, 1.1]}}}, MET, "50.0% (95 %: 40.0% to 60.0%) of 12"),
         (None, NOT_MEASURED, "no instrument"),
