@@ -13,6 +13,7 @@ from ldm.evaluation.audit import AuditSettings, Scans, audit
 from ldm.evaluation.distances import compare
 from ldm.evaluation.goals import MET, MISSED, NOT_MEASURED, UNDECIDED, check_goals, judged, overall, verdicts
 from ldm.evaluation.report import write_report
+from ldm.evaluation.spaces import MatcherSpace
 from ldm.metrics.ratio import FIXED
 
 
@@ -179,7 +180,13 @@ def test_the_page_shows_pictures_and_an_audit_that_stands_beside_it(tmp_path):
         Scans(images[part], names, names)
         for part, names in ((slice(12), list("abcdefghijkl")), (slice(12, 24), list("mnopqrstuvwx")))
     )
-    found = audit(images[:4], train, held_out, lambda batch: batch.flatten(1), settings=AuditSettings(planted=4))
+    found = audit(
+        images[:4],
+        train,
+        held_out,
+        [MatcherSpace(lambda batch: batch.flatten(1), (0, 1))],
+        settings=AuditSettings(planted=4),
+    )
     text = page(tmp_path, FULL, found.to_dict())
     assert text.count("data:image/png;base64,") == 3  # no training scan
     assert "Nearest training scan in" in text
