@@ -21,7 +21,7 @@ from ldm.data.datamodule import CohortDataModule
 from ldm.data.images import read
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
-from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit
+from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit, check_subjects
 from ldm.evaluation.audit_report import pair_pictures, write_audit_page
 from ldm.evaluation.spaces import audit_spaces, check_matcher, checked_flips, has_autoencoder, reconstruction
 from ldm.files import read_json, write_json
@@ -53,9 +53,10 @@ def run(config: DictConfig) -> AuditResult:
     flips = checked_flips([flips] if isinstance(flips, int) else flips, recipe.spatial_dims)
     matcher = Matcher.load(require_file(config.matcher_path, "matcher", "train-matcher"), _device(model))
     check_matcher(matcher, config.matcher_path, recipe, datamodule.cohort)
+    train, held_out = (real_scans(datamodule, recipe, splits) for splits in (("train",), ("test", "valid")))
+    check_subjects(train, held_out)
     source = synthetic_folder(config, model, path, folder)
     synthetic = list(read_folder(recipe, source))
-    train, held_out = (real_scans(datamodule, recipe, splits) for splits in (("train",), ("test", "valid")))
     value_range = recipe.value_range or (float(train.images[0].min()), float(train.images[0].max()))
     protocol = {
         "cohort": datamodule.cohort.name,

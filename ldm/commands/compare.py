@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from ldm.commands.held_out import expect_a_split, held_out, read_sample
-from ldm.commands.run import plain, section
+from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import SAMPLING_KEYS, draw, expect_known_options, sampling_options
 from ldm.commands.sampler_table import device_in_words, seconds_a_sample
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
@@ -24,7 +25,7 @@ from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError, nearest
-from ldm.evaluation.comparison import Measure, Row, markdown, over_models
+from ldm.evaluation.comparison import Measure, Row, file_slug, markdown, over_models
 from ldm.evaluation.distances import (
     CONTROL,
     FLOOR,
@@ -34,6 +35,7 @@ from ldm.evaluation.distances import (
     blurred,
     compare,
     prior_images,
+    too_few,
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
 from ldm.evaluation.instruments import find_instruments, instrument_hashes, merged
@@ -73,14 +75,24 @@ class Entry:
     group: str
 
     @functools.cached_property
-    def model(self) -> Generative:
-        """The model, read when it is first needed."""
+    def outline(self) -> Generative:
+        """The model without its weights: enough for everything but to compute with it."""
+        return MODELS[self.header["kind"]].outline(self.path)
+
+    def load(self) -> Generative:
+        """The model, read anew and not kept here: of many models only one is in memory at a time."""
         return load_generative(self.path, "cuda" if torch.cuda.is_available() else "cpu")
 
     @property
+    def asked(self) -> DictConfig:
+        """The options as a configuration of ``ldm sample`` has them."""
+        return OmegaConf.create(dict(self.options))
+
+    @functools.cached_property
     def key(self) -> dict[str, Any]:
         """What its images depend on."""
-        return {"model": self.header["tensors_sha256"], "options": dict(self.options)}
+        settings = vars(self.outline.settings(sampling_options(self.asked)))
+        return {"model": self.header["tensors_sha256"], "sampling": settings}
 
 
 @dataclass(frozen=True)
@@ -96,19 +108,20 @@ class HeldOut:
         """``n`` of them at random, all if None.
 
         Raises:
-            LdmError: there are too few.
+            LdmError: there are too few images or subjects.
         """
         images, rows, records = held_out(datamodule, channels)
         if n is not None and not SMALLEST <= n <= len(images):
             raise LdmError(f"n is {n}; legal: {SMALLEST} up to the number of held-out images, {len(images)}.")
-        if len(images) < SMALLEST:
-            raise LdmError(f"A comparison needs {SMALLEST} held-out images; there are {len(images)}. See data.split.")
         order = np.random.default_rng(seed).permutation(len(images))[:n]
+        if (lacking := too_few([records[i].subject for i in order])) is not None:
+            raise LdmError(f"Of held-out images to compare there are {lacking}. See n and data.split.")
         return cls(*([values[i] for i in order] for values in (images, rows, records)))
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure every row and write ``compare.json``, ``compare.md`` and ``compare.png``; returns the table."""
+    check_counts(config, "n_ref", "batch_size", *(["n"] if config.n is not None else []))
     entries = read_entries(section(config, "models"))
     recipe = Preprocessing.from_dict(entries[0].header["preprocessing"])
     network = find_features(section(config, "features"), "cuda" if torch.cuda.is_available() else "cpu", recipe)
@@ -117,10 +130,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise LdmError(f"features.path={given}: without it nothing can be compared.")
     datamodule, folder = prepared(cohort_datamodule(config)), Path(config.run_dir)
     check_entries(entries, datamodule, network)
-    subjects = HeldOut.choose(datamodule, entries[0].header["preprocessing"]["channels"], config.n, config.seed)
-    measure = build_measure(config, datamodule, network, subjects, folder / "rows")
+    subjects = HeldOut.choose(datamodule, recipe.channels, config.n, config.seed)
     chosen = reference_positions(datamodule, config.n_ref, config.seed)
-    reference = reference_row(measure, entries[0].model, datamodule, chosen)
+    measure = build_measure(config, datamodule, network, subjects, recipe.channels, folder / "rows")
+    reference = reference_row(measure, recipe, datamodule, chosen)
     rows, train = measure_rows(measure, entries, subjects, config, folder), datamodule.cohort.split("train")
     table = compare(
         reference.features,
@@ -199,7 +212,7 @@ def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, networ
     """
     ours, channels = datamodule.preprocessing.to_dict(), entries[0].header["preprocessing"]["channels"]
     for entry in entries:
-        expect_a_split(entry.model, entry.path)
+        expect_a_split(entry.outline, entry.path)
         theirs = entry.header["preprocessing"]
         if entry.header["split_sha256"] != datamodule.cohort.split_hash:
             raise LdmError(
@@ -211,19 +224,24 @@ def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, networ
             said = "; ".join(f"{part} {theirs[part]} there, {ours[part]} here" for part in differing)
             said = said or f"channels {theirs['channels']}, {channels} of {entries[0].name}"
             raise LdmError(f"models.{entry.name}: was trained on images that were prepared otherwise ({said}).")
-        expect_known_options(entry.model, OmegaConf.create(dict(entry.options)))
-        entry.model.settings(sampling_options(OmegaConf.create(dict(entry.options))))
+        expect_known_options(entry.outline, entry.asked)
+        entry.outline.settings(sampling_options(entry.asked))
     cohort = datamodule.cohort
-    check_features(network, entries[0].model.preprocessing, cohort.name, cohort.split_hash)
+    check_features(network, entries[0].outline.preprocessing, cohort.name, cohort.split_hash)
 
 
 # --- rows -------------------------------------------------------------------------------------------
 
 
 def build_measure(
-    config: DictConfig, datamodule: CohortDataModule, network: FeatureNetwork, subjects: HeldOut, folder: Path
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    network: FeatureNetwork,
+    subjects: HeldOut,
+    channels: Sequence[str],
+    folder: Path,
 ) -> Measure:
-    """What all rows share, and what they are kept under."""
+    """What all rows share, and what they are kept under; ``channels`` are those that the models generate."""
     instrument = plain(config.data).get("instrument")
     found = find_instruments(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
     value_range = datamodule.preprocessing.value_range
@@ -235,6 +253,7 @@ def build_measure(
         "instrument": instrument if found else None,
         "instrument_sha256": instrument_hashes(instrument),
         "preprocessing": datamodule.preprocessing.fingerprint(),
+        "channels": list(channels),
         "split": datamodule.cohort.split_hash,
         "records": content_hash(datamodule.cohort.records),
         "subjects": [record.id for record in subjects.records],
@@ -248,22 +267,23 @@ def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> 
     """Positions in the training split of the images that all rows are measured against.
 
     Raises:
-        LdmError: there are too few.
+        LdmError: there are too few images or subjects.
     """
     chosen = np.random.default_rng(seed).permutation(len(datamodule.dataset("train")))[:n_ref]
-    if len(chosen) < SMALLEST:
-        raise LdmError(f"A comparison needs {SMALLEST} training images and n_ref of at least as many.")
+    train = datamodule.cohort.split("train")
+    if (lacking := too_few([train[position].subject for position in chosen])) is not None:
+        raise LdmError(f"Of training images to compare with there are {lacking}. See n_ref and data.split.")
     return chosen
 
 
-def reference_row(measure: Measure, model: Generative, datamodule: CohortDataModule, chosen: np.ndarray) -> Row:
-    """The training images that all rows are measured against."""
+def reference_row(measure: Measure, recipe: Preprocessing, datamodule: CohortDataModule, chosen: np.ndarray) -> Row:
+    """The training images that all rows are measured against; ``recipe`` is the models'."""
     train = datamodule.dataset("train")
-    channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
+    channels = [datamodule.preprocessing.channels.index(name) for name in recipe.channels]
 
     def images() -> list[np.ndarray]:
         whole = (train[position]["image"][channels].numpy() for position in chosen)
-        return [as_written(model.preprocessing, image) for image in track(whole, REFERENCE, total=len(chosen))]
+        return [as_written(recipe, image) for image in track(whole, REFERENCE, total=len(chosen))]
 
     return measure.row(REFERENCE, {"n_ref": len(chosen)}, images, covariates=False)
 
@@ -272,7 +292,7 @@ def measure_rows(
     measure: Measure, entries: Sequence[Entry], subjects: HeldOut, config: DictConfig, folder: Path
 ) -> dict[str, Row]:
     """Real images, models, what first stages keep and make, and the control, in this order."""
-    written = functools.partial(as_written, entries[0].model.preprocessing)
+    written = functools.partial(as_written, entries[0].outline.preprocessing)
     rows = {FLOOR: measure.row(FLOOR, {}, lambda: [written(image) for image in subjects.images])}
     for entry in entries:
         logger.info("%s: %s", entry.name, entry.path)
@@ -288,31 +308,51 @@ def measure_rows(
 def model_row(measure: Measure, entry: Entry, subjects: HeldOut, config: DictConfig, folder: Path) -> Row:
     """Samples of one model at the covariates of the subjects, through files; and how long one takes."""
     key = {**entry.key, "batch_size": config.batch_size}
+    load = functools.cache(entry.load)  # once, if at all, and gone with this function
 
     def images() -> list[np.ndarray]:
-        return read_samples(measure, entry, subjects, config, folder, range(len(subjects.rows)))
+        return read_samples(entry, subjects, config, folder, range(len(subjects.rows)), load)
 
     def further() -> dict[str, Any]:
-        options, rows = sampling_options(OmegaConf.create(dict(entry.options))), subjects.rows[: config.batch_size]
+        options, rows = sampling_options(entry.asked), subjects.rows[: config.batch_size]
         given = record_inputs(entry.header.get("conditioners", {}), subjects.records[: config.batch_size])
         return {
-            "seconds_a_sample": seconds_a_sample(entry.model, rows, given, options),
-            "timed_on": device_in_words(entry.model),
+            "seconds_a_sample": seconds_a_sample(load(), rows, given, options),
+            "timed_on": device_in_words(load()),
             "versions": package_versions(),
         }
 
     return measure.row(entry.name, key, images, further=further)
 
 
+def samples_folder(entry: Entry, subjects: HeldOut, config: DictConfig) -> str:
+    """Name of the folder of a model's samples, by what decides them and nothing that they are measured with."""
+    key = {
+        **entry.key,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "subjects": content_hash(subjects.records),  # covariates, and the files that a model may be given
+    }
+    return file_slug(entry.name, json.dumps(key, sort_keys=True, default=str))
+
+
 def read_samples(
-    measure: Measure, entry: Entry, subjects: HeldOut, config: DictConfig, folder: Path, numbers: Sequence[int]
+    entry: Entry,
+    subjects: HeldOut,
+    config: DictConfig,
+    folder: Path,
+    numbers: Sequence[int],
+    load: Callable[[], Generative],
 ) -> list[np.ndarray]:
-    """Samples of a model as their files hold them, ``(C, *S)`` each; draws what has no file yet."""
-    out = folder / "samples" / measure.file_name(entry.name, {**entry.key, "batch_size": config.batch_size})
+    """Samples of a model as their files hold them, ``(C, *S)`` each; loads the model to draw what has no file yet."""
+    out, count = folder / "samples" / samples_folder(entry, subjects, config), len(subjects.rows)
+    paths = [image_paths(entry.outline, out, sample_name(i)) for i in range(count)]
+    missing = not all(path.is_file() for one in paths for path in one)
     asked = OmegaConf.create({"seed": config.seed, "batch_size": config.batch_size, **entry.options})
     inputs = record_inputs(entry.header.get("conditioners", {}), subjects.records)
-    draw(entry.model, entry.path, out, [dict(row) for row in subjects.rows], asked, inputs)
-    return [read_sample(entry.model, image_paths(entry.model, out, sample_name(i))) for i in numbers]
+    model = load() if missing else entry.outline  # whose request is looked at all the same
+    draw(model, entry.path, out, [dict(row) for row in subjects.rows], asked, inputs)
+    return [read_sample(entry.outline, paths[i]) for i in numbers]
 
 
 def reconstructing(entries: Sequence[Entry]) -> list[Entry]:
@@ -322,25 +362,28 @@ def reconstructing(entries: Sequence[Entry]) -> list[Entry]:
         first_stage = entry.header.get("first_stage", {}).get("kind")
         if first_stage == "autoencoder_kl":
             found.setdefault(entry.header["first_stage_sha256"], entry)
-        elif entry.header["kind"] == gan.KIND and entry.model.reconstructs:
+        elif entry.header["kind"] == gan.KIND and entry.outline.reconstructs:
             found.setdefault(entry.header["tensors_sha256"], entry)
     return list(found.values())
 
 
 def first_stage_rows(measure: Measure, entry: Entry, subjects: HeldOut, suffix: str, seed: int) -> dict[str, Row]:
     """Reconstructions, and what a first stage makes of draws of N(0, I); those of a VAE-GAN are its samples."""
-    model, written = entry.model, functools.partial(as_written, entry.model.preprocessing)
+    written = functools.partial(as_written, entry.outline.preprocessing)
+    load = functools.cache(entry.load)  # once, if at all, and gone with this function
 
     def rebuilt() -> list[np.ndarray]:
         pairs = track(list(zip(subjects.images, subjects.rows, strict=True)), "reconstructing")
-        images = (model.reconstruct(torch.from_numpy(image)[None], [row]) for image, row in pairs)
+        images = (load().reconstruct(torch.from_numpy(image)[None], [row]) for image, row in pairs)
         return [written(image[0].clamp(*measure.value_range).float().cpu().numpy()) for image in images]
+
+    def decoded() -> list[np.ndarray]:
+        return [written(image) for image in prior_images(load(), len(subjects.rows), seed)]
 
     key = {"model": entry.header.get("first_stage_sha256", entry.header["tensors_sha256"])}
     rows = {f"{RECONSTRUCTED}{suffix}": measure.row(RECONSTRUCTED, key, rebuilt)}
     if entry.header["kind"] == latent_diffusion.KIND:
-        drawn = map(written, prior_images(model, len(subjects.rows), seed))  # lazy: decoded if the row is not there yet
-        rows[f"{PRIOR}{suffix}"] = measure.row(PRIOR, key, lambda: drawn, covariates=False)
+        rows[f"{PRIOR}{suffix}"] = measure.row(PRIOR, key, decoded, covariates=False)
     return rows
 
 
@@ -351,24 +394,22 @@ def protocol(
     config: DictConfig, datamodule: CohortDataModule, network: FeatureNetwork, subjects: HeldOut, references: int
 ) -> dict[str, Any]:
     """Everything that the numbers depend on beside the models."""
-    batch, device = min(config.batch_size, len(subjects.rows)), "CUDA" if torch.cuda.is_available() else "CPU"
     return {
         "cohort": datamodule.cohort.name,
         "features": network.identity,
         "reference": {"images": "training split", "n": references, "of": len(datamodule.dataset("train"))},
         "images": "as written to files and read again, at the covariates of held-out subjects",
         "image_size": list(subjects.images[0].shape),
-        "seconds_a_sample": f"batches of {batch} on {torch.get_num_threads()} threads, {device}",
+        "seconds_a_sample": f"batches of {min(config.batch_size, len(subjects.rows))}",  # on what: each row knows
     }
 
 
 def picture(entries: Sequence[Entry], measure: Measure, subjects: HeldOut, config: DictConfig, folder: Path) -> Path:
     """A row of real images, and one of samples at the same covariates for every model."""
-    count, model = len(subjects.rows), entries[0].model
+    count, recipe = len(subjects.rows), entries[0].outline.preprocessing
     shown = sorted({round(i) for i in np.linspace(0, count - 1, min(SHOWN, count))})
     rows = {"real": [subjects.images[i] for i in shown]}
     for entry in entries:
-        rows[entry.name] = read_samples(measure, entry, subjects, config, folder, shown)
+        rows[entry.name] = read_samples(entry, subjects, config, folder, shown, entry.load)
     titles = [describe(subjects.rows[i]) for i in shown]
-    rgb = model.preprocessing.is_rgb
-    return figures.mosaic_rows(rows, folder / "compare.png", titles, measure.value_range, rgb)
+    return figures.mosaic_rows(rows, folder / "compare.png", titles, measure.value_range, recipe.is_rgb)

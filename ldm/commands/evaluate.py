@@ -17,6 +17,7 @@ from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import draw, load_model, sampling_options
 from ldm.commands.sampler_table import CONFIGURED, draw_samplers, read_samplers, sampler_table
 from ldm.commands.stages import record_inputs
+from ldm.conditioning.base import COVARIATES
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.errors import LdmError
@@ -134,7 +135,8 @@ def checked(config: DictConfig) -> Setup:
     """Load and check everything that an evaluation needs.
 
     Raises:
-        LdmError: an illegal setting, a model of another split, of label maps, or of another cohort than its networks.
+        LdmError: a setting that is illegal, or so with this model; a model of another split, of label maps, or of
+            another cohort than its networks.
     """
     check_counts(config, "n", "pairs", "batch_size", "sweep_n", "n_ref", *(["repeats"] if config.repeats != 0 else []))
     seeds, goals = generation_seeds(config), check_goals(section(config, "goals"))
@@ -151,7 +153,8 @@ def checked(config: DictConfig) -> Setup:
     sections = plain(config.data).get("instrument")
     instruments = find_instruments(sections, datamodule.preprocessing, datamodule.schema, cohort.split_hash)
     samplers = read_samplers(config, model, seeds[0])
-    axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"))
+    nulls = COVARIATES not in model.network.conditioners or model.header.get("learned_null", True)
+    axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"), nulls)
     return Setup(config, model, path, datamodule, network, instruments, samplers, axes, seeds, goals)
 
 

@@ -15,6 +15,7 @@ from ldm.data.draft import Record
 from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.evaluation.fidelity import ImageSet
+from ldm.evaluation.pictures import evenly
 from ldm.evaluation.reconstruction import HELD_OUT
 from ldm.model.generative import Generative
 from ldm.model.output import in_model_space
@@ -83,7 +84,7 @@ def evenly_first(n: int, *lists: Sequence[Any]) -> list[list[Any]]:
     A table is often sorted, and the first rows would all be of one class.
     """
     total = len(lists[0])
-    chosen = [i * total // n for i in range(n)] if n < total else list(range(total))
+    chosen = evenly(total, n)
     order = [*chosen, *sorted(set(range(total)) - set(chosen))]
     return [[one[i] for i in order] for one in lists]
 

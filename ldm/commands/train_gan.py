@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -13,6 +14,7 @@ from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
 from ldm.data.datamodule import CohortDataModule
 from ldm.evaluation.instruments import find_instruments, merged, quick_sections
+from ldm.evaluation.pictures import evenly
 from ldm.model.gan import GAN
 from ldm.training.fit import check_trainer, fit
 from ldm.training.gan import LSGAN, MODULES
@@ -41,13 +43,7 @@ def run(config: DictConfig) -> dict[str, float]:
         datamodule,
         plain(config.trainer),
         run_dir,
-        {
-            **{name: model.header[name] for name in ("method", "network", "encoder", "condition", "split_sha256")},
-            "discriminator": gan["discriminator"],
-            "ema_decay": gan["ema_decay"],
-            "preprocessing": datamodule.preprocessing.fingerprint(),
-            "covariates": list(model.schema.to_dict().items()),  # their order and ranges are what the codes mean
-        },
+        run_identity(model, gan["discriminator"]),
         save_model,
         label=f"{datamodule.cohort.name} gan",
         monitor="gan/val/pooled_kid",
@@ -56,6 +52,17 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     logger.info("%s of %d steps. Model: %s", model.what, module.step, run_dir / "model.safetensors")
     return metrics
+
+
+def run_identity(model: GAN, discriminator: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resume checkpoint has to agree with; ``discriminator`` is that section of the configuration."""
+    same = ("method", "network", "encoder", "condition", "loss", "ema_decay", "split_sha256")
+    return {
+        **{name: model.header[name] for name in same},
+        "discriminator": {name: value for name, value in discriminator.items() if name != "lr"},
+        "preprocessing": model.preprocessing.fingerprint(),
+        "covariates": list(model.schema.to_dict().items()),  # their order and ranges are what the codes mean
+    }
 
 
 def build_model(config: DictConfig, datamodule: CohortDataModule) -> GAN:
@@ -113,8 +120,9 @@ def build_module(config: DictConfig, datamodule: CohortDataModule, model: GAN) -
 
 
 def panels(config: DictConfig, datamodule: CohortDataModule, model: GAN) -> list[FigureCallback]:
-    """Fixed-seed samples at covariates of held-out subjects and, of a VAE-GAN, reconstructions."""
-    rows = [dict(record.covariates) for record in datamodule.cohort.split("valid")[: config.gan.val_samples]]
+    """Fixed-seed samples at covariates of held-out subjects, evenly from the table's; of a VAE-GAN, reconstructions."""
+    valid = datamodule.cohort.split("valid")
+    rows = [dict(valid[case].covariates) for case in evenly(len(valid), config.gan.val_samples)]
     sections = quick_sections(plain(config.data).get("instrument"))
     found = find_instruments(sections, datamodule.preprocessing, datamodule.schema)
     figures: list[FigureCallback] = [SamplePanels(config.run_dir, rows, None, merged(found), group="gan", drawn=DRAWN)]

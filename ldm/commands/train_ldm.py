@@ -27,6 +27,7 @@ from ldm.diffusion.checks import check_count
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import find_instruments, merged, quick_sections
+from ldm.evaluation.pictures import evenly
 from ldm.latents.cache import PosteriorCache
 from ldm.latents.space import LatentSpace
 from ldm.model.build import PIXELS, construct
@@ -333,8 +334,7 @@ def panels(
     if target.classes is not None:
         return segmentation_panels(config, datamodule, run_dir, conditioners, target.classes)
     valid = datamodule.cohort.split("valid")
-    shown = min(config.ldm.val_samples, len(valid))
-    records = [valid[case * len(valid) // shown] for case in range(shown)]
+    records = [valid[case] for case in evenly(len(valid), config.ldm.val_samples)]
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
     sections = quick_sections(plain(config.data).get("instrument"))
@@ -352,10 +352,9 @@ def segmentation_panels(
     """Few-step ensembles on held-out images, spread over the split, against their label maps."""
     dataset, given = datamodule.dataset("valid"), conditioners["image"]["channels"]
     channels = [datamodule.preprocessing.channels.index(name) for name in given]
-    count = min(len(dataset), config.ldm.val_samples)
     cases = []
-    for case in range(count):
-        item = dataset[case * len(dataset) // count]
+    for case in evenly(len(dataset), config.ldm.val_samples):
+        item = dataset[case]
         truth = classes.classes(item["labels"]).numpy()  # (*S)
         record = datamodule.cohort.records[item["index"]]
         cases.append(Case(record.id, record.subject, item["image"][channels].numpy(), truth))

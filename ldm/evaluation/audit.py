@@ -150,16 +150,14 @@ def audit(
         LdmError: there are no synthetic images, or fewer than 2 training or held-out subjects.
     """
     settings = settings or AuditSettings()
+    check_subjects(train, held_out)
+    if not len(synthetic):
+        raise LdmError("An audit needs synthetic images; there are none.")
     n = {
         "synthetic": len(synthetic),
         "train": {"scans": len(train.images), "subjects": len(set(train.subjects))},
         "held_out": {"scans": len(held_out.images), "subjects": len(set(held_out.subjects))},
     }
-    if not n["synthetic"] or min(n["train"]["subjects"], n["held_out"]["subjects"]) < 2:
-        raise LdmError(
-            f"An audit needs synthetic images and 2 subjects in the training split and held out; there are "
-            f"{n['synthetic']} images, {n['train']['subjects']} and {n['held_out']['subjects']} subjects."
-        )
     numbers, worst = {}, {}
     for space in spaces:
         found = _Distances(space, synthetic, train, held_out, settings, value_range, rebuild, watch)
@@ -183,6 +181,20 @@ def audit(
     }
     verdict = _verdict(numbers, control)
     return AuditResult(verdict, result, in_words(verdict, result), worst)
+
+
+def check_subjects(train: Scans, held_out: Scans) -> None:
+    """Refuse splits that no audit can be made with.
+
+    Raises:
+        LdmError: fewer than 2 training or held-out subjects.
+    """
+    known, unseen = len(set(train.subjects)), len(set(held_out.subjects))
+    if min(known, unseen) < 2:
+        raise LdmError(
+            f"An audit needs 2 subjects or more in the training split and as many held out; there are {known} and "
+            f"{unseen}. See data.split."
+        )
 
 
 class _Distances:

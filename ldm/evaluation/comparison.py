@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,12 +182,14 @@ def markdown(table: Mapping[str, Any]) -> str:
     Args:
         table: ``rows`` (name -> distances and facts) and the rest of :func:`ldm.evaluation.distances.compare`.
     """
-    protocol = table["protocol"]
+    protocol, machines = dict(table["protocol"]), timed_on(table["rows"].values())
+    if len(machines) == 1:
+        protocol["seconds_a_sample"] = f"{protocol['seconds_a_sample']} on {machines[0]}"
     lines = [f"# {protocol['cohort']}: {protocol['n']} images a row", "", f"| | {' | '.join(HEADINGS)} |"]
     lines.append("|---|" + "---|" * len(HEADINGS))
     for name, row in table["rows"].items():
         mark = " (floor)" if name == table["floor"] else " (control)" if name in table["controls"] else ""
-        lines.append(f"| {name}{mark} | {' | '.join(_cells(row))} |")
+        lines.append(f"| {name}{mark} | {' | '.join(_cells(row, len(machines) > 1))} |")
     for name, metrics in table.get("several", {}).items():
         shown = [f"{metric} {one['mean']:.3g} ± {one['std']:.2g}" for metric, one in metrics.items()]
         count = len(next(iter(metrics.values()))["values"])
@@ -199,8 +201,14 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def timed_on(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What rows were timed on, each once: rows that were measured before may be from another machine."""
+    return sorted({row["timed_on"] for row in rows if "timed_on" in row})
+
+
+def _cells(row: Mapping[str, Any], several_machines: bool = False) -> list[str]:
     spread_of, seconds = row.get("spread"), row.get("seconds_a_sample")
+    where = f" ({row['timed_on']})" if several_machines and "timed_on" in row else ""
     ratio, interval = row["frechet_ratio"], row["frechet_ratio_interval"]
     return [
         _with_interval(row["frechet"], row["frechet_interval"]),
@@ -210,7 +218,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['recall']:.2f}",
         "; ".join(_agreement_in_words(name, found) for name, found in row.get("agreement", {}).items()),
         "" if spread_of is None else f"{spread_of['ms_ssim']['mean']:.3f}",
-        "" if seconds is None else f"{seconds:.3g}",
+        "" if seconds is None else f"{seconds:.3g}{where}",
     ]
 
 

@@ -35,6 +35,7 @@ from ldm.precision import autocast
 logger = logging.getLogger(__name__)
 
 SMALLEST = 8  # images that each set has to have
+SUBJECTS = 3  # whose these have to be: with fewer there is no interval over subjects
 NEIGHBOURS = 5
 BLUR = 1.0  # voxels, standard deviation
 
@@ -82,13 +83,17 @@ def model_distances(
         others: name -> samples asked alike, drawn in another way; a row each.
 
     Returns:
-        None, with a warning, when there are too few images.
+        None, with a warning, when there are too few images or subjects.
     """
     n, train = min(len(real), len(samples)), datamodule.dataset("train")
     chosen = np.random.default_rng(seed).permutation(len(train))[:n_ref]
-    if min(n, len(chosen)) < SMALLEST:
-        logger.warning("Distances need %d images of each kind; there are %d.", SMALLEST, min(n, len(chosen)))
-        return None
+    records = datamodule.cohort.split("train")
+    whose = range(n) if subjects is None else subjects[:n]
+    theirs = [records[position].subject for position in chosen]
+    for what, owners in (("held-out images with samples", whose), ("training images", theirs)):
+        if (lacking := too_few(owners)) is not None:
+            logger.warning("Distances are left out: of %s there are %s.", what, lacking)
+            return None
     channels = [datamodule.preprocessing.channels.index(name) for name in model.preprocessing.channels]
     written = functools.partial(as_written, model.preprocessing)
     reference = (written(train[position]["image"][channels].numpy()) for position in chosen)
@@ -104,7 +109,6 @@ def model_distances(
     again = {FURTHER.format(number): images for number, images in (further or {}).items()}
     sets |= {name: images[:n] for name, images in again.items()}
     sets |= {OTHER.format(name): images[:n] for name, images in (others or {}).items()}
-    records = datamodule.cohort.split("train")
     result = compare(
         extract(network, reference),
         {name: extract(network, images) for name, images in sets.items()},
@@ -120,12 +124,24 @@ def model_distances(
         },
         seed,
         controls=[name for name in (CONTROL, RECONSTRUCTED, PRIOR) if name in sets],
-        subjects=None if subjects is None else subjects[:n],
-        reference_subjects=[records[position].subject for position in chosen],
+        subjects=whose,
+        reference_subjects=theirs,
     )
     if again:
         result["seeds"] = over_seeds([result["rows"][name] for name in (SAMPLES, *again)])
     return result
+
+
+def too_few(whose: Sequence[Any]) -> str | None:
+    """What a set of images has too few of for distances, and what would do; None if nothing.
+
+    Args:
+        whose: subject of each image.
+    """
+    if len(whose) < SMALLEST:
+        return f"{len(whose)}; legal: {SMALLEST} or more"
+    count = len(set(whose))
+    return f"those of {count} subjects; legal: {SUBJECTS} subjects or more" if count < SUBJECTS else None
 
 
 def compare(
@@ -158,7 +174,7 @@ def compare(
         metric -> the controls that it ranks above the floor; ``protocol``.
 
     Raises:
-        LdmError: a set has fewer than 3 images, or features are not finite or all alike.
+        LdmError: a set has fewer than 3 images or subjects, or features are not finite or all alike.
     """
     n = min(len(reference), *(len(features) for features in sets.values()))
     axes, reduction = principal_directions(np.concatenate([reference, sets[floor][:n]]), n)

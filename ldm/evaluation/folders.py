@@ -13,7 +13,7 @@ from ldm.data.draft import Record
 from ldm.data.images import NUMPY_SUFFIXES, SEPARATOR, SUFFIXES
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
-from ldm.evaluation.distances import SMALLEST, blurred, compare
+from ldm.evaluation.distances import SMALLEST, blurred, compare, too_few
 from ldm.evaluation.features import FeatureNetwork, extract
 
 FLOOR = "real images, the other half"
@@ -37,7 +37,8 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
         seed: of the halves and the resamples.
 
     Raises:
-        LdmError: no such folder, too few images, or a file that cannot be read or does not fit the preprocessing.
+        LdmError: no such folder, too few images or subjects, or a file that cannot be read or does not fit the
+            preprocessing.
     """
     recipe = network.preprocessing
     if recipe is None:
@@ -51,8 +52,8 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
             raise LdmError(f"{name} has {len(refs[name])} images; distances need at least {least}.")
     halves = halves_by_subject(refs["real"], seed)
     for half in halves:
-        if len(half) < SMALLEST:
-            raise LdmError(f"real: half of its subjects have {len(half)} images; distances need at least {SMALLEST}.")
+        if (lacking := too_few([subject_of(ref) for ref in half])) is not None:
+            raise LdmError(f"real: of the images of half of its subjects there are {lacking}.")
     n = min(len(halves[1]), len(refs["synthetic"]))
     chosen = np.random.default_rng(seed).permutation(len(refs["synthetic"]))[:n]
     sets = {

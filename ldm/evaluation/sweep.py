@@ -50,7 +50,11 @@ class Axis:
 
 
 def read_sweep(
-    sweep: Mapping[str, Any] | None, others: str | None, schema: CovariateSchema, records: Sequence[Record]
+    sweep: Mapping[str, Any] | None,
+    others: str | None,
+    schema: CovariateSchema,
+    records: Sequence[Record],
+    learned_nulls: bool = True,
 ) -> list[Axis]:
     """What ``sweep={age: [30, 90, 7]}`` asks for: low, high and the number of values between and with them.
 
@@ -60,9 +64,11 @@ def read_sweep(
             level, of the training split.
         schema: of the model.
         records: the training split.
+        learned_nulls: whether the model can go without a covariate.
 
     Raises:
-        LdmError: a covariate that is not there or has no order, or values that are not three such numbers.
+        LdmError: a covariate that is not there or has no order, values that are not three such numbers, or others that
+            are left to nulls which the model never learned.
     """
     if others not in OTHERS:
         raise LdmError(f"sweep_others is {others!r}; legal: null, mean.")
@@ -75,6 +81,12 @@ def read_sweep(
             raise LdmError(f"sweep.{name}: is {covariate.kind}; only a continuous covariate has a low and a high end.")
         given = [record.covariates[name] for record in records if record.covariates.get(name) is not None]
         fixed = _typical(schema, records) if others == "mean" else {}
+        left_out = [other for other in schema.names if other not in {name, *fixed}]
+        if left_out and not learned_nulls:
+            raise LdmError(
+                f"sweep.{name}: this model never learned to go without a covariate, and {', '.join(left_out)} would be "
+                "left out with sweep_others=null. Legal: sweep_others=mean."
+            )
         axes.append(Axis(covariate, _values(name, asked), outward([float(value) for value in given]), fixed))
     return axes
 

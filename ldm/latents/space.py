@@ -42,7 +42,8 @@ class LatentSpace(nn.Module):
     @classmethod
     def identity(cls, channels: int) -> LatentSpace:
         """Statistics that change nothing: published weights that were trained without scaling."""
-        return cls(torch.zeros(channels), torch.ones(channels))
+        zeros = torch.zeros(channels, device="cpu")  # whose values are looked at, also in a model without memory
+        return cls(zeros, torch.ones_like(zeros))
 
     @classmethod
     def fit(cls, posteriors: Iterable[tuple[Tensor, Tensor]]) -> LatentSpace:

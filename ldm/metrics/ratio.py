@@ -4,7 +4,8 @@ A distance of n images has a bias that falls as 1/n, in the floor as in the rest
 near 1 whatever the images. Two ratios are taken, and which of them it is is said:
 
 * that of distances extrapolated to infinitely many images, where that of the real images is then told from 0 (features
-  that know their training images, another scanner among the held-out ones);
+  that know their training images, another scanner among the held-out ones) and there are images enough: a half of the
+  subjects has to have more images than features, whichever group is left out, which takes at least 4 groups;
 * elsewhere, that at n images each. n is part of it, and another set that is known to be worse has to tell whether n is
   enough. Its floor is cross-validated: a single set of real images may be near the reference by chance, so the floor is
   the mean over splits of all real images, held-out and reference together, into n and the others.
@@ -65,8 +66,8 @@ def frechet_ratios(
     if groups < 3:
         raise LdmError(f"a ratio of distances needs at least 3 subjects in every set, not {groups}.")
     out = tuple(one % groups for one in whose)
-    ratios = None
-    if n > 4 * reference.shape[1]:  # both halves have to have more images than features
+    ratios, features = None, reference.shape[1]
+    if n > 4 * features and min(map(_smallest_half, whose, out)) > features:
         ratios = _extrapolated_ratios(reference, sets, floor, whose, out, groups)
     method = FIXED if ratios is None else EXTRAPOLATED
     if ratios is None:
@@ -116,6 +117,12 @@ def numbered(subjects: Sequence[Any] | None, n: int) -> np.ndarray:
     if len(subjects) != n:
         raise LdmError(f"{len(subjects)} subjects are given for {n} images.")
     return np.unique([str(one) for one in subjects], return_inverse=True)[1]
+
+
+def _smallest_half(whose: np.ndarray, out: np.ndarray) -> int:
+    """Images of the smaller half of the subjects, without the group ``out`` ``(N,)`` that takes most of it away."""
+    halves = [out[whose % 2 == half] for half in (0, 1)]
+    return min(len(half) - int(np.bincount(half).max(initial=0)) for half in halves)
 
 
 def interval(value: float, without: np.ndarray, further_error: float = 0.0) -> list[float]:

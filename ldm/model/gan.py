@@ -121,6 +121,17 @@ class GAN(Generative):
     # --- one file -----------------------------------------------------------------------------------
 
     @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> GAN:
+        """See :meth:`Generative.from_header`."""
+        distribution = header["distribution"]
+        return cls(
+            header,
+            Preprocessing.from_dict(header["preprocessing"]),
+            CovariateSchema.from_dict(header["schema"]),
+            None if distribution is None else CovariateDistribution.from_dict(distribution),
+        )
+
+    @classmethod
     @names_the_file
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> GAN:
         """Read a model file; nothing in it is executed.
@@ -128,14 +139,7 @@ class GAN(Generative):
         Raises:
             LdmError: not such a file, or its tensors do not fit its description.
         """
-        header = read_header(Path(path), KIND)
-        distribution = header["distribution"]
-        model = cls(
-            header,
-            Preprocessing.from_dict(header["preprocessing"]),
-            CovariateSchema.from_dict(header["schema"]),
-            None if distribution is None else CovariateDistribution.from_dict(distribution),
-        )
+        model = cls.from_header(read_header(Path(path), KIND))
         load_strict(model, read_tensors(path), Path(path))
         return model.to(device).eval()
 

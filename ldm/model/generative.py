@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
-from ldm.model.file import write_model
+from ldm.model.file import names_the_file, read_header, write_model
 from ldm.model.inputs import Inputs, as_lists, check_inputs, input_names
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,23 @@ class Generative(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model computes."""
+
+    @classmethod
+    @abstractmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Self:
+        """The model that a file's header describes, with weights of no meaning."""
+
+    @classmethod
+    @names_the_file
+    def outline(cls, path: str | Path) -> Self:
+        """A model without its weights and the memory for them: what it is called, knows and allows.
+
+        Raises:
+            LdmError: not such a file.
+        """
+        header = read_header(Path(path), cls.kind)
+        with torch.device("meta"):
+            return cls.from_header(header).to("meta").eval()
 
     def save(self, path: Path) -> None:
         """Write ``model.safetensors`` atomically; the file alone is enough to sample."""

@@ -139,6 +139,18 @@ class LatentDiffusionModel(Editing, Generative):
     # --- one file -----------------------------------------------------------------------------------
 
     @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> LatentDiffusionModel:
+        """See :meth:`Generative.from_header`."""
+        distribution = header["distribution"]
+        return cls(
+            header,
+            LatentSpace.identity(header["latent_shape"][0]),
+            Preprocessing.from_dict(header["preprocessing"]),
+            CovariateSchema.from_dict(header["schema"]),
+            None if distribution is None else CovariateDistribution.from_dict(distribution),
+        )
+
+    @classmethod
     @names_the_file
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionModel:
         """Read a model file; nothing in it is executed.
@@ -146,17 +158,7 @@ class LatentDiffusionModel(Editing, Generative):
         Raises:
             LdmError: not such a file, or its tensors do not fit its description.
         """
-        header = read_header(Path(path), KIND)
-        channels = header["latent_shape"][0]
-        distribution = header["distribution"]
-        schema = CovariateSchema.from_dict(header["schema"])
-        model = cls(
-            header,
-            LatentSpace.identity(channels),
-            Preprocessing.from_dict(header["preprocessing"]),
-            schema,
-            None if distribution is None else CovariateDistribution.from_dict(distribution),
-        )
+        model = cls.from_header(read_header(Path(path), KIND))
         load_strict(model, with_new_names(read_tensors(path), "network."), Path(path))
         return model.to(device).eval()
 

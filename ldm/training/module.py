@@ -93,8 +93,8 @@ class StageModule(L.LightningModule):
         self.updating = True
         factor, norms = self.lr_factor(), {}
         for optimizer, network in zip(_list(self.optimizers()), networks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            for group in optimizer.param_groups:  # a resumed run's groups hold the rate that it was stopped at
+                group["lr"] = optimizer.defaults["lr"] * factor
             clip = self.settings["clip_norm"]
             norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf if clip is None else clip)
             norms[type(network).__name__] = float(norm)

@@ -166,7 +166,9 @@ def test_what_is_written_shows_the_nearest_pairs_and_can_leave_scans_out(tmp_pat
 def test_settings_and_sets_that_make_no_audit_are_refused():
     with pytest.raises(LdmError, match="rate is 1.5"):
         AuditSettings(rate=1.5)
-    with pytest.raises(LdmError, match="2 subjects"):
+    with pytest.raises(LdmError, match="2 subjects or more.*there are 60 and 1"):
         audit(persons(3, 2), TRAIN, scans(persons(1, 1), "held"), spaces(spectrum))
+    with pytest.raises(LdmError, match="synthetic images; there are none"):
+        audit([], TRAIN, TRAIN, spaces(spectrum))
     with pytest.raises(LdmError, match="flip_axes"):
         checked_flips((2,), 2)

@@ -71,10 +71,10 @@ def images(n, seed, size=8, level=0.5, channels=1):
 # protocol -----------------------------------------------------------------------------------------------
 
 
-def evaluated(made, held_out=24, drawn=20, **options):
+def evaluated(made, held_out=24, drawn=20, training_subjects=40, **options):
     """Distances of a model whose reconstructions are perfect and whose samples are too bright."""
     train = [{"image": torch.from_numpy(np.concatenate([1 - x, x]))} for x in images(40, 1)]
-    records = [SimpleNamespace(subject=f"sub-{i}") for i in range(len(train))]
+    records = [SimpleNamespace(subject=f"sub-{i % training_subjects}") for i in range(len(train))]
     datamodule = SimpleNamespace(
         dataset={"train": train}.get,
         cohort=SimpleNamespace(split={"train": records}.get),
@@ -154,7 +154,19 @@ def test_there_is_no_prior_in_pixel_space():
 
 def test_too_few_images_give_no_distances_and_a_warning(caplog):
     assert evaluated(model([AGE], "concat", channels=1), held_out=5) is None
-    assert "there are 5" in caplog.text
+    assert "there are 5; legal: 8 or more" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_subjects_are_counted_as_images_are(caplog, count):
+    made, owners = model([AGE], "concat", channels=1), [f"sub-{i % count}" for i in range(24)]
+    few = {"training images": {"training_subjects": count}, "held-out images": {"subjects": owners}}
+    for what, given in few.items():
+        caplog.clear()
+        found = evaluated(made, **given)
+        assert (found is None) == (count < 3)
+        said = f"of {what}" in caplog.text and f"those of {count} subjects; legal: 3 subjects or more" in caplog.text
+        assert said == (count < 3)
 
 
 def test_few_images_are_compared_in_the_directions_in_which_the_reference_varies():

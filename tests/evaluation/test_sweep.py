@@ -46,6 +46,13 @@ def test_what_cannot_be_swept_is_refused(sweep, others, message):
         read_sweep(sweep, others, SCHEMA, RECORDS)
 
 
+def test_nulls_that_were_never_learned_are_not_asked_for():
+    with pytest.raises(LdmError, match="sweep.age.*sex would be left out with sweep_others=null. Legal: .*mean"):
+        read_sweep({"age": [30, 90, 7]}, None, SCHEMA, RECORDS, learned_nulls=False)
+    assert read_sweep({"age": [30, 90, 7]}, "mean", SCHEMA, RECORDS, learned_nulls=False)
+    assert read_sweep({"age": [30, 90, 7]}, None, CovariateSchema([SCHEMA["age"]]), RECORDS, learned_nulls=False)
+
+
 def test_slopes_are_told_apart_inside_and_outside_the_training_range(tmp_path):
     """Measured as asked up to 70 years, and nothing more beyond: a model that does not extrapolate."""
     (axis,) = read_sweep({"age": [45, 105, 7]}, None, SCHEMA, RECORDS)

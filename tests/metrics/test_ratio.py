@@ -117,6 +117,17 @@ def test_two_scans_of_one_person_are_in_one_half():
     assert found["ratios"]["samples"]["value"] == pytest.approx(free["samples"] / free["real"])
 
 
+@pytest.mark.parametrize("counts", [(4, 4, 4), (20, 20, 20), (1, 1, 1, 9), (12, 1, 12, 1)], ids=str)
+def test_few_subjects_are_compared_without_extrapolation(counts):
+    """Three groups empty a half when one of them is left out, and a half of few images has no covariance."""
+    rng, whose = np.random.default_rng(8), np.repeat(np.arange(len(counts)), counts)
+    real, worse = gaussian(rng, len(whose), shift=0.5), gaussian(rng, len(whose), shift=2.0)
+    for few in ({"subjects": whose}, {"reference_subjects": np.arange(80) % 3}):
+        found = frechet_ratios(gaussian(rng, 80), {"real": real, "worse": worse}, "real", **few)
+        assert found["method"] == FIXED
+        assert found["ratios"]["worse"]["value"] > 1
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(LdmError, match="sets of one size"):
         frechet_ratios(np.zeros((9, 2)), {"real": np.zeros((5, 2)), "x": np.zeros((6, 2))}, "real")

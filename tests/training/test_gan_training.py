@@ -1,10 +1,14 @@
 """What trains whom in a GAN: closed forms of the losses, whose gradient goes where, and one step of each."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.nn import functional as F
 
+from ldm.commands.train_gan import panels, run_identity
 from ldm.conditioning.base import COVARIATES
 from ldm.errors import LdmError
 from ldm.training.budget import Budget
@@ -151,6 +155,25 @@ def test_a_step_moves_both_networks_and_the_average(method, spatial_dims, monkey
     assert expected <= set(made.latest)
     assert all(np.isfinite(value) for value in made.latest.values())
     assert len(made.validation["panels"]) == (4 if method == "vaegan" else 0)
+
+
+def test_a_run_goes_on_with_other_learning_rates_and_not_with_another_loss_or_network():
+    asked = {**gan("lsgan").header, "loss": LOSS["lsgan"], "ema_decay": 0.9, "split_sha256": "0" * 64}
+    made = gan("lsgan")
+    made.header = asked
+    before = run_identity(made, DISCRIMINATOR)
+    assert run_identity(made, {**DISCRIMINATOR, "lr": 9.0}) == before
+    assert run_identity(made, {**DISCRIMINATOR, "hidden": 9}) != before
+    made.header = {**asked, "loss": {**LOSS["lsgan"], "r1_weight": 1.0}}
+    assert run_identity(made, DISCRIMINATOR) != before
+
+
+def test_panels_show_subjects_from_all_over_a_sorted_table():
+    valid = [SimpleNamespace(covariates={"kind": kind}) for kind in "aaabbbccc"]
+    datamodule = SimpleNamespace(cohort=SimpleNamespace(split=lambda _: valid), preprocessing=None, schema=None)
+    config = OmegaConf.create({"run_dir": "run", "gan": {"val_samples": 3}, "data": {}})
+    (panel,) = panels(config, datamodule, gan("lsgan"))
+    assert [row["kind"] for row in panel.rows] == ["a", "b", "c"]
 
 
 def networks(made):

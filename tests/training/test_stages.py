@@ -152,6 +152,23 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert factors == pytest.approx([0.1, 0.5 * (1 + math.cos(math.pi * 0.09)), 0.5, 0.0], abs=1e-6)
 
 
+def test_a_resumed_run_takes_the_learning_rate_that_is_asked_for_now():
+    module = vae(adversarial_weight=0.0)
+    module.budget = Budget(100)
+    weight = next(module.network.parameters())
+    module.manual_backward = lambda loss: loss.backward()
+    state = None
+    for asked in (0.5, 0.25):
+        optimizer = module.adamw([weight], asked)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        module.optimizers = lambda optimizer=optimizer: optimizer
+        factor = module.lr_factor()
+        module.step_optimizers(weight.square().sum(), [module.network])
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(asked * factor)
+        state = optimizer.state_dict()
+
+
 def test_a_gradient_that_is_not_finite_is_not_applied():
     module = vae(adversarial_weight=0.0)
     module.budget = Budget(100)
