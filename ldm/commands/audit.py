@@ -27,7 +27,7 @@ from ldm.evaluation.spaces import audit_spaces, check_matcher, checked_flips, ha
 from ldm.files import read_json, write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
-from ldm.model.output import as_written, in_model_space
+from ldm.model.output import as_written, file_ends, grouped, in_model_space
 from ldm.model.provenance import PROVENANCE
 
 logger = logging.getLogger(__name__)
@@ -142,20 +142,17 @@ def read_folder(recipe: Preprocessing, folder: Path) -> Iterable[np.ndarray]:
     """Images ``(C, *S)`` of a folder that was written as `ldm sample` or `ldm release` does, in order of their names.
 
     Raises:
-        LdmError: there are none.
+        LdmError: there are none, or one lacks the file of a channel.
     """
-    suffix = ".nii.gz" if recipe.spatial_dims == 3 else ".png"
-    apart = len(recipe.channels) > 1 and not recipe.is_rgb
-    ends = [f"_{channel}{suffix}" for channel in recipe.channels] if apart else [suffix]
-    where = "sub-*"
+    ends, where = file_ends(recipe), "sub-*"
     if (folder / RELEASE).is_file():
         suffixes = provenance(folder)["suffixes"]
-        ends, where = [f"_{suffixes[channel]}{suffix}" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
-    names = sorted(str(path.relative_to(folder)).removesuffix(ends[0]) for path in folder.glob(f"{where}{ends[0]}"))
-    if not names:
+        ends, where = [f"_{suffixes[channel]}.nii.gz" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
+    groups = grouped(folder.glob(where), ends)
+    if not groups:
         raise LdmError(f"{folder} has no images sub-*{ends[0]}, which is how `ldm sample` writes those of this cohort.")
-    for name in track(names, "reading synthetic images"):
-        arrays = [read(folder / f"{name}{end}", spatial_dims=recipe.spatial_dims).array for end in ends]
+    for files in track(groups, "reading synthetic images"):
+        arrays = [read(file, spatial_dims=recipe.spatial_dims).array for file in files]
         yield in_model_space(recipe, np.concatenate(arrays))  # (C, *S)
 
 
