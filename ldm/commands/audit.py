@@ -62,10 +62,7 @@ def run(config: DictConfig) -> AuditResult:
         "split_sha256": datamodule.cohort.split_hash,
         "matcher_sha256": matcher.sha256,
         "matcher": {**matcher.facts, **matcher.metrics},
-        "model_sha256": provenance(source).get("model_sha256") if model is None else model.header["tensors_sha256"],
-        "synthetic": str(source),
-        "sampling": provenance(source).get("sampling"),
-        "sampling_seed": provenance(source).get("seed"),
+        **origin(source, model),
         "images": "as written to files and read again",
         "flip_axes": list(flips),
     }
@@ -130,6 +127,32 @@ def synthetic_folder(config: DictConfig, model: LatentDiffusionModel | None, pat
             f"{model.header['tensors_sha256'][:16]}. Set model= to the one that it was drawn from."
         )
     return source
+
+
+def origin(source: Path, model: LatentDiffusionModel | None) -> dict[str, Any]:
+    """Where the images of a folder come from, for the protocol; ``model_sha256`` is None where nothing there says so.
+
+    Args:
+        source: the folder.
+        model: whose latents are looked in; that it is given is no evidence that it drew the images.
+    """
+    known = provenance(source)
+    drawn_from, remark = known.get("model_sha256"), {}
+    if drawn_from is None:
+        logger.warning(
+            "%s has no %s that says which model drew its images: the audit vouches for these images and for no model.",
+            source,
+            PROVENANCE,
+        )
+    if drawn_from is None and has_autoencoder(model):
+        remark = {"latents": f"of model {model.header['tensors_sha256']}, which need not have drawn the images"}
+    return {
+        "model_sha256": drawn_from,
+        "synthetic": str(source),
+        "sampling": known.get("sampling"),
+        "sampling_seed": known.get("seed"),
+        **remark,
+    }
 
 
 def provenance(folder: Path) -> dict[str, Any]:
