@@ -27,7 +27,7 @@ from ldm.evaluation.spaces import audit_spaces, check_matcher, checked_flips, ha
 from ldm.files import read_json, write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
-from ldm.model.output import as_written, in_model_space
+from ldm.model.output import as_written, file_ends, grouped, in_model_space
 from ldm.model.provenance import PROVENANCE
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ def run(config: DictConfig) -> AuditResult:
         "split_sha256": datamodule.cohort.split_hash,
         "matcher_sha256": matcher.sha256,
         "matcher": {**matcher.facts, **matcher.metrics},
-        "model_sha256": provenance(source).get("model_sha256") if model is None else model.header["tensors_sha256"],
-        "synthetic": str(source),
-        "sampling": provenance(source).get("sampling"),
-        "sampling_seed": provenance(source).get("seed"),
+        **origin(source, model),
         "images": "as written to files and read again",
         "flip_axes": list(flips),
     }
@@ -133,6 +130,32 @@ def synthetic_folder(config: DictConfig, model: LatentDiffusionModel | None, pat
     return source
 
 
+def origin(source: Path, model: LatentDiffusionModel | None) -> dict[str, Any]:
+    """Where the images of a folder come from, for the protocol; ``model_sha256`` is None where nothing there says so.
+
+    Args:
+        source: the folder.
+        model: whose latents are looked in; that it is given is no evidence that it drew the images.
+    """
+    known = provenance(source)
+    drawn_from, remark = known.get("model_sha256"), {}
+    if drawn_from is None:
+        logger.warning(
+            "%s has no %s that says which model drew its images: the audit vouches for these images and for no model.",
+            source,
+            PROVENANCE,
+        )
+    if drawn_from is None and has_autoencoder(model):
+        remark = {"latents": f"of model {model.header['tensors_sha256']}, which need not have drawn the images"}
+    return {
+        "model_sha256": drawn_from,
+        "synthetic": str(source),
+        "sampling": known.get("sampling"),
+        "sampling_seed": known.get("seed"),
+        **remark,
+    }
+
+
 def provenance(folder: Path) -> dict[str, Any]:
     """What ``ldm sample`` or ``ldm release`` left beside its images; empty for other folders."""
     known = [folder / name for name in (PROVENANCE, RELEASE) if (folder / name).is_file()]
@@ -143,20 +166,17 @@ def read_folder(recipe: Preprocessing, folder: Path) -> Iterable[np.ndarray]:
     """Images ``(C, *S)`` of a folder that was written as `ldm sample` or `ldm release` does, in order of their names.
 
     Raises:
-        LdmError: there are none.
+        LdmError: there are none, or one lacks the file of a channel.
     """
-    suffix = ".nii.gz" if recipe.spatial_dims == 3 else ".png"
-    apart = len(recipe.channels) > 1 and not recipe.is_rgb
-    ends = [f"_{channel}{suffix}" for channel in recipe.channels] if apart else [suffix]
-    where = "sub-*"
+    ends, where = file_ends(recipe), "sub-*"
     if (folder / RELEASE).is_file():
         suffixes = provenance(folder)["suffixes"]
-        ends, where = [f"_{suffixes[channel]}{suffix}" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
-    names = sorted(str(path.relative_to(folder)).removesuffix(ends[0]) for path in folder.glob(f"{where}{ends[0]}"))
-    if not names:
+        ends, where = [f"_{suffixes[channel]}.nii.gz" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
+    groups = grouped(folder.glob(where), ends)
+    if not groups:
         raise LdmError(f"{folder} has no images sub-*{ends[0]}, which is how `ldm sample` writes those of this cohort.")
-    for name in track(names, "reading synthetic images"):
-        arrays = [read(folder / f"{name}{end}", spatial_dims=recipe.spatial_dims).array for end in ends]
+    for files in track(groups, "reading synthetic images"):
+        arrays = [read(file, spatial_dims=recipe.spatial_dims).array for file in files]
         yield in_model_space(recipe, np.concatenate(arrays))  # (C, *S)
 
 

@@ -177,6 +177,7 @@ def facts(setup: Setup, images: Images) -> dict[str, Any]:
     return {
         "model_sha256": header["tensors_sha256"],
         "model": describe_model(setup.model, config),
+        "sampling": vars(setup.model.settings(sampling_options(config))),
         "cohort": cohort.name,
         "simulated": header.get("simulated", False),
         "split_sha256": cohort.split_hash,

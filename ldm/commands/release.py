@@ -80,7 +80,7 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         config.precision,
         sampling_options(config),
         license_text(config.license_file),
-        read_evaluation(config.evaluation, sha256),
+        read_evaluation(config.evaluation, sha256, sampling),
     )
     return plan, n
 

@@ -215,7 +215,10 @@ class _Distances:
         self.synthetic, self.synthetic_to_unseen = both[:, :members], both[:, members:]
         both = nearness(held_out.images, "held-out scans among all", scans)  # (H, M + H)
         self.held_out, self.within_held_out = both[:, :members], both[:, members:]
-        self.within_train = nearness(train.images, "training scans among themselves")  # (M, M)
+        # only of scans that are some image's nearest: all variants of every training scan would take most of the time
+        asked = np.unique(np.concatenate([self.synthetic.argmin(1), self.held_out[self.first].argmin(1)]))  # (K,)
+        within = nearness((train.images[i] for i in asked), "nearest training scans among all")  # (K, M)
+        self.to_others = copies.nearest_of_others(within, asked, self.subjects)  # (M,)
         self.rebuilt = None
         if rebuild is not None:
             self.rebuilt = nearness((rebuild(held_out.images[i]) for i in self.first), "reconstructions")
@@ -258,8 +261,8 @@ def _measure(found: _Distances, settings: AuditSettings, spaces: int) -> tuple[d
         "copies": strict | _copies(found, copied),
         "control": control,
         "authenticity": {
-            "synthetic images": copies.authenticity(found.synthetic, found.within_train, found.subjects),
-            "held-out scans": copies.authenticity(found.held_out[found.first], found.within_train, found.subjects),
+            "synthetic images": copies.authenticity(found.synthetic, found.to_others),
+            "held-out scans": copies.authenticity(found.held_out[found.first], found.to_others),
         },
         **_nearness(found, settings.seed),
     }

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.evaluation.agreement import agreement, correlations, level_agreement
-from ldm.evaluation.instruments import Instrument
+from ldm.evaluation.instruments import Instrument, OfAnotherSplit
 from ldm.evaluation.repeats import percentiles, resampled_subjects, spread_over_seeds
 from ldm.training import figures
 
@@ -103,7 +103,8 @@ def fidelity(
 
     Returns:
         Covariate -> what :func:`compare_values` or :func:`compare_levels` gives; a covariate that several instruments
-        measure is there once an instrument, as ``covariate (title)``.
+        measure is there once an instrument, as ``covariate (title)``. ``trained_on_split`` is False of an instrument
+        that may know some of the held-out images.
     """
     result = {}
     for title, instrument in instruments.items():
@@ -120,7 +121,9 @@ def fidelity(
                 logger.warning("%s: too few images could be measured, or all alike.", name)
                 continue
             missing = sum(not measurable(values[name]) for values in on_samples.found)
-            result[key] = {"covariate": name, "instrument": title, **found, "unmeasurable_samples": missing}
+            foreign = {"trained_on_split": False} if isinstance(instrument, OfAnotherSplit) else {}
+            about = {"covariate": name, "instrument": title, **foreign}
+            result[key] = {**about, **found, "unmeasurable_samples": missing}
             if found["kind"] == "continuous":
                 _scatter(key, schema[name], on_real.pairs(name), on_samples.pairs(name), folder)
     return result

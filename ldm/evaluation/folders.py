@@ -15,6 +15,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.evaluation.distances import SMALLEST, blurred, compare, too_few
 from ldm.evaluation.features import FeatureNetwork, extract
+from ldm.model.output import file_ends, grouped
 
 FLOOR = "real images, the other half"
 CONTROL = "real images, the other half, blurred"
@@ -32,8 +33,9 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
     Args:
         network: a feature network with a preprocessing.
         real, synthetic: folders; of their files, at any depth, all that are images count, but for label maps and the
-            mosaic that ``ldm sample`` adds. A file is one image; an array in an ``.npz`` or ``.npy`` file with one more
-            axis is as many images as it has rows. Files called ``sub-...`` alike are of one subject.
+            mosaic that ``ldm sample`` adds. A file is one image, but ``NAME_CHANNEL.nii.gz`` (2-D: ``.png``) of all
+            channels are one together, as ``ldm sample`` writes it; an array in an ``.npz`` or ``.npy`` file with one
+            more axis is as many images as it has rows. Files called ``sub-...`` alike are of one subject.
         seed: of the halves and the resamples.
 
     Raises:
@@ -98,8 +100,10 @@ def halves_by_subject(refs: Sequence[str], seed: int) -> tuple[list[str], list[s
 def image_references(folder: Path, recipe: Preprocessing) -> list[str]:
     """References of all images in a folder, in order of their names; see :mod:`ldm.data.images`.
 
+    Of an image with a file a channel, see :func:`ldm.model.output.file_ends`, that of the first.
+
     Raises:
-        LdmError: no such folder, or a NumPy file that cannot be read.
+        LdmError: no such folder, a file without those of the other channels, or a NumPy file that cannot be read.
     """
     if not folder.is_dir():
         raise LdmError(f"{folder}: is no folder of images.")
@@ -108,8 +112,9 @@ def image_references(folder: Path, recipe: Preprocessing) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file() and path.name.lower().endswith(SUFFIXES) and not _NO_IMAGE.search(path.name)
     )
+    further = [file for _, *others in grouped(files, file_ends(recipe)) for file in others]
     refs = []
-    for file in files:
+    for file in sorted({*files}.difference(further)):
         is_numpy = file.suffix.lower() in NUMPY_SUFFIXES
         refs += _arrays(file, recipe) if is_numpy else [str(file)]
     return refs
@@ -140,5 +145,13 @@ def read_all(recipe: Preprocessing, refs: Sequence[str]) -> Iterator[np.ndarray]
         LdmError: naming the file that cannot be read or does not fit.
     """
     for ref in refs:
-        record = Record(ref, ref, {"image": ref}, None, {}, "")
+        record = Record(ref, ref, channel_files(recipe, ref), None, {}, "")
         yield recipe.load(record)[0]
+
+
+def channel_files(recipe: Preprocessing, ref: str) -> dict[str, str]:
+    """Files of an image that :func:`image_references` refers to: one a channel, or one with all of them."""
+    ends = file_ends(recipe)
+    if len(ends) == 1 or not ref.endswith(ends[0]):
+        return {"image": ref}
+    return {name: ref.removesuffix(ends[0]) + end for name, end in zip(recipe.channels, ends, strict=True)}

@@ -18,6 +18,11 @@ FEWEST = 5  # subjects: the interval of fewer says next to nothing of others, an
 GOALS = {"frechet_ratio": 1.5, "ms_ssim": 0.02, "share": 0.95}
 MET, MISSED, UNDECIDED, NOT_MEASURED = "met", "missed", "undecided", "not measured"
 
+OTHER_SPLIT = (
+    "The instrument was trained on another split of the data: it may know some of the held-out images, and then seems "
+    "better on real images than it is. Train it again with the same data settings."
+)
+
 Metrics = Mapping[str, Any]
 
 
@@ -151,6 +156,8 @@ def _condition(name: str, entry: Metrics, goal: float | None) -> Verdict:
     said = _levels(entry) if entry.get("kind") == "categorical" else _values(entry)
     if goal is None:
         return Verdict(question, NOT_MEASURED, f"No goal is set. {said}")
+    if not entry.get("trained_on_split", True):
+        return Verdict(question, NOT_MEASURED, f"{OTHER_SPLIT} {said}")
     if share is None:
         why = "The share of the agreement on real images is not known: the instrument does not read it from real images"
         return Verdict(question, NOT_MEASURED, f"{why}, or this evaluation is older than the measure. {said}")

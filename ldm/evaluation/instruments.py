@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ KEYS = ("kind", "path", "measures")
 FURTHER_KEYS = {"meshnet": ("classes",), "synthseg": ("robust", "threads", "timeout_s")}
 SHARED = ("spatial_dims", "orientation", "spacing", "intensity", "channels")  # what images of two recipes must share
 Instrument = Callable[[np.ndarray], dict[str, float | str]]
+
+
+@dataclass(frozen=True)
+class OfAnotherSplit:
+    """An instrument that was trained on another split of the data, and may know some of the held-out images.
+
+    Attributes:
+        measure: the instrument itself.
+    """
+
+    measure: Instrument
+
+    def __call__(self, image: np.ndarray) -> dict[str, float | str]:
+        return self.measure(image)
 
 
 Sections = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # of ``data.instrument``
@@ -116,8 +131,8 @@ def find_instrument(
             ``{kind: meshnet, ...}`` and ``{kind: synthseg, ...}`` are described in :mod:`ldm.evaluation.external`.
         preprocessing: of the images that will be measured.
         schema: gives the unit or the levels of each covariate.
-        split_sha256: of the cohort, where the instrument's own error on held-out images is of interest: a warning says
-            that a trained one could have been trained on some of them.
+        split_sha256: of the cohort, where the instrument's own error on held-out images is of interest: a trained one
+            that could have been trained on some of them is an :class:`OfAnotherSplit`, with a warning.
 
     Returns:
         Function of an image ``(C, *S)`` giving ``{covariate: value in its unit, or level}``, NaN for an image that
@@ -161,16 +176,19 @@ def _trained(
         logger.warning("There is no %s %s yet (ldm train-%s): nothing is measured.", kind, path, kind)
         return None
     trained = Segmenter.load(path) if kind == "segmenter" else Predictor.load(path)
-    if split_sha256 not in (None, trained.facts.get("split_sha256")):
-        logger.warning(
-            "%s was trained on another split of the data: it may know some of the held-out images, on which it would "
-            "then seem better than it is.",
-            path,
-        )
     if kind == "segmenter":
         _expect_like_images(path, trained.preprocessing.to_dict(), preprocessing.to_dict(), "train-segmenter")
-        return _segmenter(trained, path, config.get("measures") or {}, schema)
-    return _predictor(trained, path, config.get("measures"), preprocessing, schema)
+        instrument = _segmenter(trained, path, config.get("measures") or {}, schema)
+    else:
+        instrument = _predictor(trained, path, config.get("measures"), preprocessing, schema)
+    if split_sha256 in (None, trained.facts.get("split_sha256")):
+        return instrument
+    logger.warning(
+        "%s was trained on another split of the data: it may know some of the held-out images, on which it would "
+        "then seem better than it is.",
+        path,
+    )
+    return OfAnotherSplit(instrument)
 
 
 def _ventricles(preprocessing: Preprocessing) -> Instrument:

@@ -147,7 +147,7 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": goals.number, "percent": goals.percent}
-    environment.globals["metric_names"] = METRICS
+    environment.globals |= {"metric_names": METRICS, "other_split": goals.OTHER_SPLIT}
     return environment.get_template(name)
 
 

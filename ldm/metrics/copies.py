@@ -101,7 +101,22 @@ def upper_bound(count: int, n: int, confidence: float = CONFIDENCE) -> float:
     return 1.0 if count >= n else float(stats.beta.ppf(confidence, count + 1, n - count))
 
 
-def authenticity(to_train: np.ndarray, within_train: np.ndarray, subjects: Sequence[str]) -> float:
+def nearest_of_others(within_train: np.ndarray, positions: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
+    """Distance ``(M,)`` of some training scans to the nearest one of another subject; NaN for those not asked about.
+
+    Args:
+        within_train: ``(K, M)`` distances from these scans to all training scans.
+        positions: ``(K,)`` which of the training scans these are.
+        subjects: ``(M,)`` whose the training scans are.
+    """
+    who = np.asarray(subjects)
+    others = np.where(who[positions][:, None] == who[None], np.inf, within_train)  # (K, M)
+    result = np.full(len(who), np.nan)
+    result[positions] = others.min(1)
+    return result
+
+
+def authenticity(to_train: np.ndarray, to_others: np.ndarray) -> float:
     """Share of images that are no nearer to their nearest training scan than that is to one of another subject.
 
     Alaa et al. 2022: an image is authentic when it is further from its nearest training scan than that
@@ -109,13 +124,9 @@ def authenticity(to_train: np.ndarray, within_train: np.ndarray, subjects: Seque
 
     Args:
         to_train: ``(N, M)`` distances of the images.
-        within_train: ``(M, M)`` distances between training scans.
-        subjects: ``(M,)`` whose the training scans are.
+        to_others: ``(M,)`` see :func:`nearest_of_others`; of the scans that are nearest to an image.
     """
-    who = np.asarray(subjects)
-    others = np.where(who[:, None] == who[None], np.inf, within_train)  # (M, M)
-    nearest = to_train.argmin(1)  # (N,)
-    return float((to_train.min(1) >= others.min(1)[nearest]).mean())
+    return float((to_train.min(1) >= to_others[to_train.argmin(1)]).mean())
 
 
 def distance_ratio(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ldm.data import images
 from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError
 from ldm.files import write_json, write_text
 from ldm.model.generative import Generative
 from ldm.model.inputs import Inputs
@@ -126,11 +127,35 @@ def sample_name(index: int) -> str:
 
 def image_paths(model: Generative, out: Path, name: str) -> list[Path]:
     """Files of one sample: one a channel, or one RGB picture."""
-    suffix = ".nii.gz" if model.preprocessing.spatial_dims == 3 else ".png"
-    channels = model.preprocessing.channels
-    if len(channels) == 1 or model.preprocessing.is_rgb:
-        return [out / f"{name}{suffix}"]
-    return [out / f"{name}_{channel}{suffix}" for channel in channels]
+    return [out / f"{name}{end}" for end in file_ends(model.preprocessing)]
+
+
+def file_ends(preprocessing: Preprocessing) -> list[str]:
+    """How the names of a sample's files end: one a channel, or one RGB picture."""
+    suffix = ".nii.gz" if preprocessing.spatial_dims == 3 else ".png"
+    if len(preprocessing.channels) == 1 or preprocessing.is_rgb:
+        return [suffix]
+    return [f"_{channel}{suffix}" for channel in preprocessing.channels]
+
+
+def grouped(files: Iterable[Path], ends: Sequence[str]) -> list[list[Path]]:
+    """The files of each image, one for each of ``ends`` and in their order; files that end otherwise are left out.
+
+    Raises:
+        LdmError: naming a file that is missing beside the others of its image.
+    """
+    files, images = set(files), {}
+    for file in sorted(files):
+        end = max((end for end in ends if file.name.endswith(end)), key=len, default=None)
+        if end is not None:
+            stem = file.name.removesuffix(end)
+            images[file.parent / stem] = [file.with_name(stem + other) for other in ends]
+    for group in images.values():
+        missing = [file for file in group if file not in files]
+        if missing:
+            there = next(file for file in group if file in files)
+            raise LdmError(f"{missing[0]} is missing beside {there}: an image has a file for each of its channels.")
+    return [images[stem] for stem in sorted(images)]
 
 
 def write_image(model: Generative, image: np.ndarray, paths: Sequence[Path]) -> None:

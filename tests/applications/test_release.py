@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.applications.release import (
     Release,
@@ -24,8 +25,10 @@ from ldm.applications.release import (
 from ldm.applications.release.claims import Claims, born
 from ldm.applications.release.files import gzipped, read_sums
 from ldm.applications.release.work import worker_share
+from ldm.commands.evaluate import Setup, facts
 from ldm.errors import LdmError
 from tests.applications.tiny_release import AFFINE, N, content, tiny_model, tiny_plan
+from tests.evaluation.test_report import FULL, distances
 
 ROOT = Path(__file__).parents[2]
 
@@ -262,12 +265,23 @@ def test_a_missing_or_failed_audit_stops(tmp_path):
     assert record["statement"] == "Nothing found."
 
 
+def test_an_audit_of_images_of_unknown_origin_does_not_serve(tmp_path):
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps({"passed": True, "statement": "Nothing.", "model_sha256": None}))
+    for reason in (None, "only a test here"):
+        with pytest.raises(LdmError, match=r"does not say which model drew its images.*ldm sample"):
+            read_audit(path, "a" * 64, reason)
+
+
 def test_an_audit_of_images_that_were_drawn_otherwise_does_not_serve(tmp_path, model):
     drawn = {"sampler": "ddim", "num_inference_steps": 20, "guidance_interval": None}
     path, sha = audit_file(tmp_path, protocol={"sampling": drawn}), "a" * 64
     assert read_audit(path, sha, None, drawn)["drawn_otherwise"] is None
     with pytest.raises(LdmError, match=r"num_inference_steps 20 there, 5 here.*ldm audit"):
         read_audit(path, sha, None, drawn | {"num_inference_steps": 5})
+    with pytest.raises(LdmError, match="it does not say how they were"):
+        read_audit(audit_file(tmp_path), sha, None, drawn)
+    audit_file(tmp_path, protocol={"sampling": drawn})
     record = read_audit(path, sha, "only a test here", drawn | {"num_inference_steps": 5})
     Release(tiny_plan(model, 1, audit=record), 1, tmp_path / "out").run()
     card = (tmp_path / "out/model_card.md").read_text()
@@ -307,12 +321,59 @@ def test_an_override_needs_words_and_is_recorded(tmp_path, model):
         assert json.loads((out / "provenance.json").read_text())["audit"]["released_without_audit"] == texts[1]
 
 
-def test_an_evaluation_gives_its_numbers(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text(json.dumps({"model_sha256": "a" * 64, "fidelity": {"age": {"r": 0.5, "levels": ["x"]}}, "n": 3}))
-    assert read_evaluation(path, "a" * 64)["numbers"] == {"fidelity.age.r": 0.5, "n": 3}
+def evaluation_file(folder, **changes):
+    path = folder / "metrics.json"
+    path.write_text(json.dumps({"model_sha256": "a" * 64, "sampling": {"num_inference_steps": 2}, **FULL, **changes}))
+    return path
+
+
+def test_an_evaluation_gives_what_was_measured_of_samples(tmp_path, model):
+    frechet = {"untrusted": {"recall": ["blurred"]}}
+    path = evaluation_file(tmp_path, distances=distances(**frechet), seeds=[0], goals={"share": 0.9})
+    found = read_evaluation(path, "a" * 64, {"num_inference_steps": 2})
+    assert [one["status"] for one in found["verdicts"]] == ["met", "met", "met"]
+    assert found["measured"]["age: r"] == {side: {"value": 0.8, "interval": [0.7, 0.9]} for side in ("samples", "real")}
+    assert found["measured"]["age: mean error in years"]["samples"] == {"value": 3.0, "interval": None}
+    assert found["measured"]["MS-SSIM of two images"]["real"] == {"value": 0.6, "interval": [0.5, 0.7]}
+    assert {"Fréchet distance", "KID", "coverage"} < set(found["measured"])
+    assert "recall" not in found["measured"]
+    assert found["untrusted"] == ["recall"]
+    Release(tiny_plan(model, 1, evaluation=found), 1, tmp_path / "out").run()
+    card = (tmp_path / "out/model_card.md").read_text()
+    for said in ("* Do generated images look like real ones? Met. ", "* age: r: 0.8 (0.7 to 0.9); 0.8 (0.7 to 0.9)"):
+        assert said in card
+    assert "known to be worse better than real ones: recall." in card
+    for unsaid in ("seeds", "bandwidth", "blurred:", "goals"):
+        assert unsaid not in card
+
+
+def test_an_evaluation_says_how_its_samples_were_drawn(tmp_path, model):
+    cohort = SimpleNamespace(name="brains", split_hash="5" * 64)
+    config, datamodule = OmegaConf.create({"steps": 5, "n": 3}), SimpleNamespace(cohort=cohort)
+    setup = Setup(config, model, tmp_path, datamodule, None, {}, {}, [], [0], {})
+    drawn = facts(setup, SimpleNamespace(real=[None], samples=[None] * 3))["sampling"]
+    path, asked = evaluation_file(tmp_path, sampling=drawn), {"num_inference_steps": 5}
+    assert read_evaluation(path, "a" * 64, vars(model.settings(asked)))["verdicts"]
+    with pytest.raises(LdmError, match="num_inference_steps 5 there, 2 here"):
+        read_evaluation(path, "a" * 64, vars(model.settings({})))
+
+
+def test_an_evaluation_of_another_model_or_other_samples_is_refused(tmp_path):
     with pytest.raises(LdmError, match="evaluation=.* is of another model"):
-        read_evaluation(path, "b" * 64)
+        read_evaluation(evaluation_file(tmp_path), "b" * 64)
+    for changes, message in (
+        ({}, "num_inference_steps 2 there, 20 here"),
+        ({"sampling": None}, "it does not say how they were.*ldm evaluate"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            read_evaluation(evaluation_file(tmp_path, **changes), "a" * 64, {"num_inference_steps": 20})
+    for changes, message in (
+        ({"fidelity": {"age": 3}}, "is not as `ldm evaluate` writes it"),
+        ({"distances": {"rows": {}}}, "is not as `ldm evaluate` writes it"),
+        ({"fidelity": {"=cmd()": FULL["fidelity"]["age"]}}, "starts like a formula"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            read_evaluation(evaluation_file(tmp_path, **changes), "a" * 64)
 
 
 def test_suffixes_come_from_channels_or_the_cohorts_files():

@@ -1,18 +1,23 @@
 """``ldm audit`` on tiny data: its files, its exit status, and what it refuses."""
 
 import json
+import logging
 import shutil
+from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 
 from ldm.applications.release import read_audit
-from ldm.commands.audit import NOT_PASSED
+from ldm.commands.audit import NOT_PASSED, origin, read_folder
+from ldm.data.geometry import Geometry
+from ldm.data.intensity import IntensityRecipe
+from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.model.file import read_header
+from ldm.networks.autoencoder import AutoencoderKL
 from tests.conftest import TINY
 from tests.training.test_matcher_training import PERSONS, write_persons
-
-pytestmark = pytest.mark.slow
 
 ASKED = (*PERSONS, "planted=5")
 
@@ -24,6 +29,35 @@ def copied(tmp_path, count):
         shutil.copy(tmp_path / f"made/s{i}.png", tmp_path / f"drawn/sub-{i + 1:06d}.png")
 
 
+def test_only_what_stands_beside_the_images_says_which_model_drew_them(tmp_path, caplog):
+    first_stage = AutoencoderKL.__new__(AutoencoderKL)  # of which nothing but the kind counts here
+    model = SimpleNamespace(header={"tensors_sha256": "a" * 64}, first_stage=first_stage)
+    with caplog.at_level(logging.WARNING):
+        found = origin(tmp_path, model)
+    assert found["model_sha256"] is None
+    assert found["sampling"] is None
+    assert found["latents"] == f"of model {'a' * 64}, which need not have drawn the images"
+    assert "for no model" in caplog.text
+    assert "latents" not in origin(tmp_path, None)
+    for name in ("release.json", "provenance.json"):
+        (tmp_path / name).write_text(json.dumps({"model_sha256": name, "sampling": {"eta": 0}, "seed": 3}))
+        known = {"model_sha256": name, "sampling": {"eta": 0}, "sampling_seed": 3, "synthetic": str(tmp_path)}
+        assert origin(tmp_path, model) == known == origin(tmp_path, None)
+
+
+def test_an_image_without_the_file_of_a_channel_is_named(tmp_path):
+    grid, intensity = Geometry.plan((4, 4), shape=(4, 4)), IntensityRecipe("window", 0, 255)
+    recipe = Preprocessing(2, None, None, (4, 4), (1, 1), intensity, ("a", "b"), grid)
+    for i, name in enumerate(("sub-000001_a", "sub-000001_b", "sub-000002_a", "mosaic")):
+        PIL.Image.new("L", (4, 4), 51 * i).save(tmp_path / f"{name}.png")
+    with pytest.raises(LdmError, match=r"sub-000002_b.png is missing beside .*sub-000002_a.png"):
+        list(read_folder(recipe, tmp_path))
+    (tmp_path / "sub-000002_a.png").unlink()
+    (image,) = read_folder(recipe, tmp_path)
+    assert image[:, 0, 0] == pytest.approx([0, 0.2])
+
+
+@pytest.mark.slow
 def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_path):
     write_persons(tmp_path / "made")
     copied(tmp_path, 40)
@@ -57,6 +91,7 @@ def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_
         assert message in text
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     write_persons(tmp_path / "made")
     networks = [item for item in TINY if not item.startswith(("data.", "vae.network", "ldm.network.channels"))]
@@ -86,3 +121,8 @@ def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     code, text = ldm("audit", *settings, f"synthetic={samples}", "planted=3")
     assert code == 1
     assert "was drawn from model 0000000000000000" in text
+    (samples / "provenance.json").unlink()
+    assert ldm("audit", *settings, f"synthetic={samples}", "planted=3")[0] in (0, NOT_PASSED)
+    found = json.loads((tmp_path / "runs/made/audit/audit.json").read_text())
+    assert found["model_sha256"] is None
+    assert "need not have drawn" in found["protocol"]["latents"]

@@ -7,6 +7,7 @@ from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.evaluation.agreement import agreement, level_agreement, wilson
 from ldm.evaluation.fidelity import ImageSet, Pairs, _correlation, fidelity, share_of_real
+from ldm.evaluation.instruments import OfAnotherSplit
 
 
 @pytest.mark.parametrize(
@@ -107,11 +108,13 @@ def test_several_instruments_and_seeds_stand_side_by_side(tmp_path):
     rows, subjects = [{"age": 40.0 + i} for i in range(6)], list("abcdef")
     images = [np.array([0, 0, 40.0 + i + i % 2]) for i in range(6)]
     one = ImageSet(images, rows, subjects)
-    instruments = {"segmenter": instrument, "predictor": lambda image: {"age": 2 * float(image[2])}}
+    instruments = {"segmenter": instrument, "predictor": OfAnotherSplit(lambda image: {"age": 2 * float(image[2])})}
     found = fidelity(instruments, SCHEMA, one, one, tmp_path, {7: ImageSet(images[::-1], rows, subjects)})
     assert list(found) == ["age", "age (predictor)"]
     assert found["age (predictor)"]["samples"]["slope"] == pytest.approx(2 * found["age"]["samples"]["slope"])
     assert found["age (predictor)"]["covariate"] == "age"
+    assert found["age (predictor)"]["trained_on_split"] is False
+    assert "trained_on_split" not in found["age"]
     r = found["age"]["samples"]["r"]
     assert found["age"]["seeds"]["r"]["values"] == pytest.approx([r, -r], abs=0.1)
 

@@ -140,6 +140,31 @@ def test_correlation_is_of_the_best_shift_and_flip_whatever_the_contrast():
     assert pairwise(plain.all_variants([one]), plain.vectors([other]))[0, 0] == pytest.approx(np.sqrt(2 - 2 * best))
 
 
+class CountingSpace(CorrelationSpace):
+    """Keeps every image whose variants were compared."""
+
+    def __init__(self):
+        super().__init__((0, 1))
+        self.seen = []
+
+    def variants(self, image):
+        self.seen.append(image.numpy())
+        return super().variants(image)
+
+
+def test_only_training_scans_next_to_an_image_are_compared_with_the_others():
+    space, drawn = CountingSpace(), persons(3, 2)
+    result = audit(drawn, TRAIN, scans(persons(4, 1), "held"), [space], settings=AuditSettings(planted=1))
+    compared = sum(any(np.array_equal(image, scan) for scan in TRAIN.images) for image in space.seen)
+    assert compared <= 1 + 3 + 4  # the unchanged planted copy, and the nearest of each image
+    plain = CorrelationSpace((0, 1))
+    vectors = plain.vectors(TRAIN.images)
+    to_train, within = (pairwise(plain.all_variants(images), vectors) for images in (drawn, TRAIN.images))
+    np.fill_diagonal(within, np.inf)
+    expected = (to_train.min(1) >= within.min(1)[to_train.argmin(1)]).mean()
+    assert result.numbers["spaces"]["correlation"]["authenticity"]["synthetic images"] == expected
+
+
 def test_several_scans_of_a_held_out_subject_count_once():
     doubled = Scans(HELD_OUT.images * 2, [*HELD_OUT.subjects] * 2, [*HELD_OUT.names, *"x" * 40])
     one, two = (audit(persons(30, 2), TRAIN, held, spaces(spectrum), settings=SETTINGS) for held in (HELD_OUT, doubled))

@@ -34,6 +34,7 @@ from ldm.evaluation.folders import (
     folder_distances,
     halves_by_subject,
     image_references,
+    read_all,
     subject_of,
 )
 from ldm.evaluation.goals import NOT_MEASURED, realism
@@ -303,7 +304,7 @@ def folders(tmp_path):
 def test_masks_and_mosaics_are_no_images_and_a_person_is_in_one_half(tmp_path):
     for name in ("sub-01_ses-1_T1w.nii.gz", "sub-01_dseg.nii.gz", "mosaic.png", "sub-02_mask.png", "sub-03.png"):
         (tmp_path / name).touch()
-    found = image_references(tmp_path, None)
+    found = image_references(tmp_path, RECIPE)
     assert [Path(ref).name for ref in found] == ["sub-01_ses-1_T1w.nii.gz", "sub-03.png"]
     refs = [f"sub-{i:02}_ses-{k}_T1w.nii.gz" for i in range(9) for k in range(2)] + ["scan_a.png", "scan_b.png"]
     halves = halves_by_subject(refs, 0)
@@ -312,6 +313,30 @@ def test_masks_and_mosaics_are_no_images_and_a_person_is_in_one_half(tmp_path):
     assert not whose[0] & whose[1]
     assert abs(len(whose[0]) - len(whose[1])) <= 1
     assert subject_of("scan_a.png") != subject_of("scan_b.png")
+
+
+def test_files_of_several_channels_are_one_image(tmp_path):
+    recipe = replace(RECIPE, channels=("T1", "c_T1"))  # one name ends like the other
+    network = Texture(recipe)
+    for folder, level in (("real", 0.5), ("synthetic", 0.8)):
+        (tmp_path / folder).mkdir()
+        for i, x in enumerate(images(32, 0, level=level, channels=2)):
+            for name, channel in zip(recipe.channels, x, strict=True):
+                file = tmp_path / folder / f"sub-{i + 1:06d}_{name}.png"
+                PIL.Image.fromarray((255 * channel).astype(np.uint8)).save(file)
+    real, synthetic = tmp_path / "real", tmp_path / "synthetic"
+    refs = image_references(real, recipe)
+    assert [Path(ref).name for ref in refs] == [f"sub-{i + 1:06d}_T1.png" for i in range(32)]
+    both = next(read_all(recipe, refs))
+    for x, name in zip(both, recipe.channels, strict=True):
+        with PIL.Image.open(real / f"sub-000001_{name}.png") as picture:
+            np.testing.assert_allclose(255 * x, np.asarray(picture), atol=1e-3)
+    assert folder_distances(network, real, synthetic)["rows"][SYNTHETIC]["frechet_ratio"] > 3
+    for name, other in (recipe.channels, recipe.channels[::-1]):
+        (synthetic / f"sub-000007_{name}.png").rename(tmp_path / "kept.png")
+        with pytest.raises(LdmError, match=rf"sub-000007_{name}.png is missing beside .*sub-000007_{other}.png"):
+            folder_distances(network, real, synthetic)
+        (tmp_path / "kept.png").rename(synthetic / f"sub-000007_{name}.png")
 
 
 def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkeypatch):

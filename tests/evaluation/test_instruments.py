@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
-from ldm.evaluation.instruments import find_instrument, find_instruments, instrument_hashes, merged
+from ldm.evaluation.instruments import OfAnotherSplit, find_instrument, find_instruments, instrument_hashes, merged
 from tests.model.test_predictor import SCHEMA, predictor
 
 
@@ -35,12 +35,17 @@ def test_without_its_file_nothing_is_measured(made, caplog):
     assert "no predictor nowhere.safetensors yet (ldm train-predictor)" in caplog.text
 
 
-def test_another_split_is_warned_of(made, caplog):
+def test_another_split_is_warned_of_and_remembered(made, caplog):
     made, config = made
-    find_instrument(config, made.preprocessing, SCHEMA, made.facts["split_sha256"])
+    own = find_instrument(config, made.preprocessing, SCHEMA, made.facts["split_sha256"])
     assert not caplog.text
-    find_instrument(config, made.preprocessing, SCHEMA, "1" * 64)
+    foreign = find_instrument(config, made.preprocessing, SCHEMA, "1" * 64)
     assert "trained on another split" in caplog.text
+    assert isinstance(foreign, OfAnotherSplit)
+    assert not isinstance(own, OfAnotherSplit)
+    assert not isinstance(find_instrument(config, made.preprocessing, SCHEMA), OfAnotherSplit)
+    image = torch.rand(1, 12, 8).numpy()
+    assert foreign(image) == own(image)
 
 
 def test_what_it_cannot_measure_is_refused(made):

@@ -109,6 +109,7 @@ def test_the_verdict_on_diversity(part, status, said):
         (condition((0.8, 1.0)), UNDECIDED, "goal: at least 95%"),
         (condition(share={"value": 1.4, "interval": [1.4, 1.4], "subjects": 1}), NOT_MEASURED, "There are 1 held-out"),
         (condition(share=None), NOT_MEASURED, "does not read it from real images"),
+        (condition(trained_on_split=False), NOT_MEASURED, "may know some of the held-out images"),
         ({"sex": {**SEX, "share": {"value": 1.0, "interval": [0.95, 1.1]}}}, MET, "50.0% (95 %: 40.0% to 60.0%) of 12"),
         (None, NOT_MEASURED, "no instrument"),
     ],
@@ -214,6 +215,13 @@ def test_a_metric_that_cannot_be_trusted_is_flagged_beside_its_number(tmp_path):
     assert "Precision: this metric cannot be trusted here.</strong> It ranks blurred above real images." in text
     assert text.count('number distrust"') == 2 * 3  # both columns of all three rows
     assert 'distrust"' not in page(tmp_path, FULL)
+
+
+@pytest.mark.parametrize("kind", [condition(), {"age": {**SEX, "share": None, "unmeasurable_samples": 0}}])
+def test_an_instrument_of_another_split_is_flagged_beside_its_numbers(tmp_path, kind):
+    said = '<p class="warn">age: The instrument was trained on another split'
+    assert said not in page(tmp_path, {**FULL, "fidelity": kind})
+    assert said in page(tmp_path, {**FULL, "fidelity": {"age": {**kind["age"], "trained_on_split": False}}})
 
 
 def test_a_page_without_numbers_says_what_to_run(tmp_path):

@@ -15,6 +15,7 @@ from ldm.metrics.copies import (
     distance_ratio,
     lower_prediction_bound,
     membership,
+    nearest_of_others,
     pairwise,
     precedence_p_value,
     smallest_by_subject,
@@ -92,8 +93,16 @@ def test_authenticity_of_copies_strangers_and_relatives():
     x = np.array([0.0, 10.0, 20.0, 20.5])  # of subjects a, b, c, c
     within, who = np.abs(x[:, None] - x), ["a", "b", "c", "c"]
     drawn = np.array([0.0, 9.0, -11.0, 21.5])
-    assert authenticity(np.abs(drawn[:, None] - x), within, who) == 0.25  # the last is near c, whose own does not count
-    assert authenticity(np.abs(drawn[:, None] - x), within, list("abcd")) == 0.5
+    to_train = np.abs(drawn[:, None] - x)
+    every = np.arange(4)
+    others = nearest_of_others(within, every, who)
+    np.testing.assert_array_equal(others, [10, 10, 10, 10.5])
+    assert authenticity(to_train, others) == 0.25  # the last is near c, whose own does not count
+    assert authenticity(to_train, nearest_of_others(within, every, list("abcd"))) == 0.5
+    nearest = np.array([0, 1, 3])  # of some image: nothing else is looked at
+    some = nearest_of_others(within[nearest], nearest, who)
+    np.testing.assert_array_equal(some, [10, 10, np.nan, 10.5])
+    assert authenticity(to_train, some) == 0.25
 
 
 def test_the_distance_ratio_is_of_as_many_scans():

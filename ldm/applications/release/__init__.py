@@ -4,8 +4,9 @@ Nothing that is written depends on who writes it: a volume's bytes are fixed by 
 :mod:`~ldm.applications.release.claims` only save work, and every step may be done twice or again.
 """
 
-from ldm.applications.release.audit import read_audit, read_evaluation
+from ldm.applications.release.audit import read_audit
 from ldm.applications.release.conditions import Conditions, conditions_from
+from ldm.applications.release.evaluation import read_evaluation
 from ldm.applications.release.plan import FILE, Plan, bids_suffixes, check_count, check_model
 from ldm.applications.release.work import Release, Session
 

@@ -1,21 +1,15 @@
-"""What else is known of the model: its audit, without which nothing is released unless somebody says in words why; and
-its evaluation.
-"""
+"""The audit of the model, without which nothing is released unless somebody says in words why."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.applications.release.conditions import check_text
 from ldm.applications.release.files import sha256
 from ldm.errors import LdmError
-
-logger = logging.getLogger(__name__)
 
 LIMIT = 64 << 20  # bytes of such a file
 WORDS = 4000  # characters of its statement
@@ -36,8 +30,8 @@ def read_audit(
         ``passed`` (None without an audit), ``statement``, ``sha256`` of the file, ``released_without_audit``.
 
     Raises:
-        LdmError: no audit, a failed one, or one of another model or of images that were drawn otherwise; a reason
-            where none is needed.
+        LdmError: no audit, a failed one, or one of another model, of images that nobody knows the model of, or of
+            images that were drawn otherwise; a reason where none is needed.
     """
     if reason is not None:
         reason = check_text(str(reason), "release_without_audit", WORDS)
@@ -51,11 +45,12 @@ def read_audit(
             )
         return {"passed": None, "statement": None, "sha256": None, "released_without_audit": reason}
     record, drawn = _read(Path(path), model_sha256)
-    differing = None if sampling is None else _differing(drawn, sampling)
+    differing = None if sampling is None else drawn_otherwise(drawn, sampling)
     if differing and reason is None:
         raise LdmError(
-            f"audit={path} is of images that were drawn otherwise than this release will be ({differing}). Run `ldm "
-            "audit` with the same sampling settings, or give the reason: 'release_without_audit=\"...\"'."
+            f"audit={path} is of images that were, or may have been, drawn otherwise than this release will be "
+            f"({differing}). Run `ldm audit` with the same sampling settings, or give the reason: "
+            "'release_without_audit=\"...\"'."
         )
     if not record["passed"] and reason is None:
         raise LdmError(f"audit={path}: the audit of this model failed: {record['statement']}")
@@ -64,47 +59,23 @@ def read_audit(
     return {**record, "drawn_otherwise": differing, "released_without_audit": reason}
 
 
-def _differing(audited: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str | None:
-    """In words how the audited images were drawn otherwise; None where they were not, or nobody knows."""
-    if audited is None:
-        logger.warning("The audit does not say how its images were drawn; the model card says nothing of it either.")
-        return None
-    asked = json.loads(json.dumps(asked))
-    names = [name for name in asked if audited.get(name) != asked[name]]
-    return "; ".join(f"{name} {audited.get(name)} there, {asked[name]} here" for name in names) or None
-
-
-def read_evaluation(path: Path | None, model_sha256: str) -> dict[str, Any] | None:
-    """The numbers that ``ldm evaluate`` measured, for the model card.
+def drawn_otherwise(measured: Any, asked: Mapping[str, Any]) -> str | None:
+    """In words how images that were measured were drawn otherwise than a release; None where they were not.
 
     Args:
-        path: its ``metrics.json``; None for none.
-        model_sha256: hash of the model's tensors, from its header.
-
-    Returns:
-        ``sha256`` of the file, and ``numbers``: dotted name -> number.
-
-    Raises:
-        LdmError: no such file, or one of another model.
+        measured: the sampling options that stand beside the measurement; None where none do.
+        asked: those of the release.
     """
-    if path is None:
-        return None
-    content, digest = _read_json(Path(path), "evaluation", "ldm evaluate", model_sha256)
-    return {"sha256": digest, "numbers": dict(_numbers(content))}
-
-
-def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All finite numbers of nested mappings; lists, such as those of single images, are left out."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _numbers(value, f"{name}.{key}" if name else check_text(str(key), "evaluation: a name"))
-    elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
-        yield check_text(name, "evaluation: a name"), content
+    if not isinstance(measured, Mapping):
+        return "it does not say how they were"
+    asked = json.loads(json.dumps(asked))
+    names = [name for name in asked if measured.get(name) != asked[name]]
+    return "; ".join(f"{name} {measured.get(name)} there, {asked[name]} here" for name in names) or None
 
 
 def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """What is said of an audit, and the sampling options of its images."""
-    content, digest = _read_json(path, "audit", "ldm audit", model_sha256)
+    content, digest = read_record(path, "audit", "ldm audit", model_sha256)
     for key, kind in {"passed": bool, "statement": str}.items():
         if not isinstance(content.get(key), kind):
             raise LdmError(f"audit={path}: '{key}' is missing or no {kind.__name__}; it is no audit.json.")
@@ -113,8 +84,18 @@ def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], Mapping[str, A
     return {"passed": content["passed"], "statement": statement, "sha256": digest}, drawn
 
 
-def _read_json(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict[str, Any], str]:
-    """A mapping about the model in a JSON file, and the file's hash."""
+def read_record(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict[str, Any], str]:
+    """A mapping about the model in a JSON file, and the file's hash.
+
+    Args:
+        path: of the file.
+        key: the setting that names it, for messages.
+        verb: that wrote it.
+        model_sha256: hash of the model's tensors, from its header.
+
+    Raises:
+        LdmError: no such file, not what the verb writes, or not of this model.
+    """
     if not path.is_file():
         raise LdmError(f"{key}={path}: there is no such file; `{verb}` writes it.")
     if path.stat().st_size > LIMIT:
@@ -124,8 +105,13 @@ def _read_json(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict
         content = json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise LdmError(f"{key}={path} is not JSON ({error}).") from error
-    found = content.get("model_sha256") if isinstance(content, dict) else None
-    if not isinstance(found, str):
+    found = content.get("model_sha256", "") if isinstance(content, dict) else ""
+    if found is None:
+        raise LdmError(
+            f"{key}={path} does not say which model drew its images: their folder had no provenance.json, so they may "
+            f"be of any. Run `{verb}` for this model, or on a folder that `ldm sample` wrote with it."
+        )
+    if not isinstance(found, str) or not found:
         raise LdmError(f"{key}={path}: 'model_sha256' is missing; `{verb}` did not write it.")
     if found != model_sha256:
         raise LdmError(

@@ -9,6 +9,7 @@ from ldm import __version__
 from ldm.applications.release.files import as_json, as_tsv
 from ldm.applications.release.plan import Plan
 from ldm.data.schema import Covariate
+from ldm.evaluation.goals import number
 
 BIDS_VERSION = "1.10.0"
 VOLUMES = "provenance.tsv"
@@ -141,8 +142,8 @@ def audit_statement(plan: Plan) -> str:
         )
     if audit.get("drawn_otherwise"):
         return (
-            f"The audit of the model for memorisation passed ({audit['statement']}), but on images that were drawn "
-            f"otherwise ({audit['drawn_otherwise']}). It was released all the same. Reason given: "
+            f"The audit of the model for memorisation passed ({audit['statement']}), but on images that were, or may "
+            f"have been, drawn otherwise ({audit['drawn_otherwise']}). It was released all the same. Reason given: "
             f"{audit['released_without_audit']}"
         )
     return f"Audit of the model for memorisation, passed: {audit['statement']}"
@@ -228,7 +229,23 @@ Metrics from the model file, as its training measured them:
 def _evaluation(plan: Plan) -> str:
     if plan.evaluation is None:
         return "No evaluation of its samples was given to this release."
-    return f"Measured on its samples by `ldm evaluate`:\n\n{_list(plan.evaluation['numbers'])}"
+    found = plan.evaluation
+    judged = "\n".join(f"* {one['goal']} {one['status'].capitalize()}. {one['text']}" for one in found["verdicts"])
+    text = f"Measured on its samples by `ldm evaluate`, each goal with whether it is met:\n\n{judged}"
+    if found["measured"]:
+        rows = {name: f"{_number(one['samples'])}; {_number(one['real'])}" for name, one in found["measured"].items()}
+        text += f"\n\nOf its samples; and the same of real held-out images (95 % intervals):\n\n{_list(rows)}"
+    if found["untrusted"]:
+        names = ", ".join(found["untrusted"])
+        text += f"\n\nLeft out, as they call images that are known to be worse better than real ones: {names}."
+    return text
+
+
+def _number(one: Mapping[str, Any]) -> str:
+    if one["value"] is None:
+        return "not known"
+    interval = "" if one["interval"] is None else f" ({number(one['interval'][0])} to {number(one['interval'][1])})"
+    return number(one["value"]) + interval
 
 
 def _model_facts(plan: Plan) -> dict[str, Any]:

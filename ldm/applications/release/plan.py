@@ -45,7 +45,7 @@ class Plan:
         license: its name or identifier, as the user gives it.
         suffixes: channel -> BIDS suffix, see :func:`bids_suffixes`.
         audit: record of :func:`ldm.applications.release.audit.read_audit`.
-        evaluation: record of :func:`ldm.applications.release.audit.read_evaluation`; None for none.
+        evaluation: record of :func:`ldm.applications.release.evaluation.read_evaluation`; None for none.
         seed: with a volume's number it fixes its noise.
         batch_size: volumes sampled together, always as many: a volume's bits depend on it.
         shard_size: volumes of a shard.
