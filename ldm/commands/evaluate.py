@@ -163,8 +163,8 @@ def drawn_images(setup: Setup) -> Images:
     once = samples.first(n)
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i % len(real)] for i in range(n)])
     otherwise = draw_samplers(setup.samplers, model, setup.path, once, inputs)
-    value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
-    rebuilt = reconstructions(model, real.images, real.rows, value_range) if model.reconstructs else None
+    rebuilt = reconstructions(model, real.images, real.rows) if model.reconstructs else None
+    value_range = model.preprocessing.shown_range
     return Images(real, records, samples, further, inputs, otherwise, rebuilt, value_range, once)
 
 

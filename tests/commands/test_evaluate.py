@@ -50,6 +50,22 @@ def test_a_written_picture_comes_back_with_all_channels(tmp_path, channels, file
     np.testing.assert_allclose(read_sample(model, paths), image, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("limits", "step"), [((None, None), 10 / 255), ((-1.0, 3.0), 4 / 255)], ids=["free", "cut off"]
+)
+def test_written_z_scores_come_back_as_they_were(tmp_path, limits, step):
+    recipe = Preprocessing(
+        2, None, None, (8, 8), (1, 1), IntensityRecipe("zscore", *limits), ("T1",), Geometry.plan((8, 8))
+    )
+    model = SimpleNamespace(preprocessing=recipe)
+    for number, (low, high) in enumerate([(-1.0, 3.0), (-0.2, 0.1)]):  # a picture of little contrast stays one
+        image = np.random.default_rng(number).uniform(low, high, (1, 8, 8)).astype(np.float32)
+        paths = image_paths(model, tmp_path, f"sub-{number}")
+        write_image(model, image, paths)
+        np.testing.assert_allclose(read_sample(model, paths), image, atol=step / 2 + 1e-5)
+        np.testing.assert_array_equal(as_written(recipe, image), read_sample(model, paths))
+
+
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_path, spatial_dims):
     if spatial_dims == 2:
