@@ -387,10 +387,10 @@ def mask_agreement(setup: Setup, images: Images) -> dict[str, Any]:
     except LdmError as error:
         logger.warning("No Dice of asked and found label maps: %s", error)
         return {"left_out": str(error)}
-    asked = [recipe.read_labels(record.labels) for record in images.records]  # (*S) each
-    subjects = [i % len(images.real) for i in range(config.n)]
+    maps = [recipe.read_labels(record.labels) for record in images.records]  # (*S) each
+    asked = [i % len(images.real) for i in range(config.n)]
     sets = images.real.images, images.rebuilt, images.once.images
-    found = mask_dice(segmenter, asked, *sets, subjects, config.seed)
+    found = mask_dice(segmenter, maps, *sets, asked, images.real.subjects, config.seed)
     for label, rows in found["labels"].items():
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))
