@@ -118,7 +118,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     datamodule, folder = prepared(cohort_datamodule(config)), Path(config.run_dir)
     check_entries(entries, datamodule, network)
     subjects = HeldOut.choose(datamodule, entries[0].header["preprocessing"]["channels"], config.n, config.seed)
-    measure = build_measure(config, datamodule, network, subjects, folder / "rows")
+    measure = build_measure(config, datamodule, recipe, network, subjects, folder / "rows")
     chosen = reference_positions(datamodule, config.n_ref, config.seed)
     reference = reference_row(measure, entries[0].model, datamodule, chosen)
     rows, train = measure_rows(measure, entries, subjects, config, folder), datamodule.cohort.split("train")
@@ -221,11 +221,16 @@ def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, networ
 
 
 def build_measure(
-    config: DictConfig, datamodule: CohortDataModule, network: FeatureNetwork, subjects: HeldOut, folder: Path
+    config: DictConfig,
+    datamodule: CohortDataModule,
+    recipe: Preprocessing,
+    network: FeatureNetwork,
+    subjects: HeldOut,
+    folder: Path,
 ) -> Measure:
-    """What all rows share, and what they are kept under."""
+    """What all rows share, and what they are kept under; ``recipe`` is of the images that the models generate."""
     instrument = plain(config.data).get("instrument")
-    found = find_instruments(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
+    found = find_instruments(instrument, recipe, datamodule.schema, datamodule.cohort.split_hash)
     value_range = datamodule.preprocessing.value_range
     if value_range is None:
         value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))

@@ -153,7 +153,7 @@ def checked(config: DictConfig) -> Setup:
     if network is not None:
         check_features(network, model.preprocessing, cohort.name, cohort.split_hash)
     sections = plain(config.data).get("instrument")
-    instruments = find_instruments(sections, datamodule.preprocessing, datamodule.schema, cohort.split_hash)
+    instruments = find_instruments(sections, model.preprocessing, datamodule.schema, cohort.split_hash)
     samplers = read_samplers(config, model, seeds[0])
     axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"))
     return Setup(config, model, path, datamodule, network, instruments, samplers, axes, seeds, goals)
