@@ -57,7 +57,6 @@ def run(config: DictConfig) -> AuditResult:
     check_subjects(train, held_out)
     source = synthetic_folder(config, model, path, folder)
     synthetic = list(read_folder(recipe, source))
-    value_range = recipe.value_range or (float(train.images[0].min()), float(train.images[0].max()))
     protocol = {
         "cohort": datamodule.cohort.name,
         "split_sha256": datamodule.cohort.split_hash,
@@ -70,7 +69,8 @@ def run(config: DictConfig) -> AuditResult:
     linked = plain(config.data).get("subjects_linked", True)
     spaces = audit_spaces(matcher, model, flips)
     rebuild = partial(reconstruction, model) if has_autoencoder(model) else None
-    result = audit(synthetic, train, held_out, spaces, settings, value_range, rebuild, linked, protocol, _watch)
+    shown = recipe.shown_range
+    result = audit(synthetic, train, held_out, spaces, settings, shown, rebuild, linked, protocol, _watch)
     pictures = pair_pictures(result, synthetic, train, folder / "figures", recipe.value_range, recipe.is_rgb)
     write_json(folder / "audit.json", result.to_dict())
     page = write_audit_page(folder / "audit.html", result.to_dict(), pictures)

@@ -132,7 +132,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_entries(entries, datamodule, network)
     subjects = HeldOut.choose(datamodule, recipe.channels, config.n, config.seed)
     chosen = reference_positions(datamodule, config.n_ref, config.seed)
-    measure = build_measure(config, datamodule, network, subjects, recipe.channels, folder / "rows")
+    measure = build_measure(config, datamodule, recipe, network, subjects, folder / "rows")
     reference = reference_row(measure, recipe, datamodule, chosen)
     rows, train = measure_rows(measure, entries, subjects, config, folder), datamodule.cohort.split("train")
     table = compare(
@@ -236,31 +236,28 @@ def check_entries(entries: Sequence[Entry], datamodule: CohortDataModule, networ
 def build_measure(
     config: DictConfig,
     datamodule: CohortDataModule,
+    recipe: Preprocessing,
     network: FeatureNetwork,
     subjects: HeldOut,
-    channels: Sequence[str],
     folder: Path,
 ) -> Measure:
-    """What all rows share, and what they are kept under; ``channels`` are those that the models generate."""
+    """What all rows share, and what they are kept under; ``recipe`` is of the images that the models generate."""
     instrument = plain(config.data).get("instrument")
-    found = find_instruments(instrument, datamodule.preprocessing, datamodule.schema, datamodule.cohort.split_hash)
-    value_range = datamodule.preprocessing.value_range
-    if value_range is None:
-        value_range = (float(subjects.images[0].min()), float(subjects.images[0].max()))
+    found = find_instruments(instrument, recipe, datamodule.schema, datamodule.cohort.split_hash)
     key = {
         "features": network.identity["sha256"],
         **{name: network.identity[name] for name in ("shown", "resize", "planes") if name in network.identity},
         "instrument": instrument if found else None,
         "instrument_sha256": instrument_hashes(instrument),
         "preprocessing": datamodule.preprocessing.fingerprint(),
-        "channels": list(channels),
+        "channels": list(recipe.channels),
         "split": datamodule.cohort.split_hash,
         "records": content_hash(datamodule.cohort.records),
         "subjects": [record.id for record in subjects.records],
         "seed": config.seed,
     }
     whose = [record.subject for record in subjects.records]
-    return Measure(network, merged(found), datamodule.schema, subjects.rows, whose, value_range, folder, key)
+    return Measure(network, merged(found), datamodule.schema, subjects.rows, whose, recipe.shown_range, folder, key)
 
 
 def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ldm.data.draft import Record
 from ldm.errors import LdmError
 from ldm.evaluation import masks
 from ldm.evaluation.audit_report import NEAREST
-from ldm.evaluation.distances import model_distances
+from ldm.evaluation.distances import blurred, model_distances
 from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
 from ldm.evaluation.fidelity import ImageSet, fidelity
@@ -38,7 +38,7 @@ from ldm.evaluation.sweep import Axis, measure_sweep, read_sweep
 from ldm.files import read_json, write_json
 from ldm.model.file import read_header
 from ldm.model.generative import Generative
-from ldm.model.output import image_paths, sample_name
+from ldm.model.output import as_written, image_paths, sample_name
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
@@ -90,24 +90,28 @@ class Images:
     """What is measured. Sample i was asked with the covariates of held-out image i, in turn.
 
     Attributes:
-        real: held-out images.
+        real: held-out images, as files that they were written to would give them back.
+        loaded: the same as loaded, ``(C, *S)`` each.
         records: of these.
         samples: ``n``, of the first seed, and behind them ``repeats`` more with the covariates of the first subjects.
         further: seed -> ``n`` samples of each of the other seeds.
         inputs: what the ``n`` were given beside covariates.
         otherwise: name -> ``n`` samples drawn with other samplers.
-        rebuilt: held-out images through the first stage; None without one.
+        rebuilt: held-out images through the first stage, as files would give them back; None without one.
+        reconstruction: see :func:`ldm.evaluation.reconstruction.quality`; None without a first stage.
         value_range: black and white.
         once: the ``n`` alone, as the others repeat covariates.
     """
 
     real: ImageSet
+    loaded: Sequence[np.ndarray]
     records: Sequence[Record]
     samples: ImageSet
     further: Mapping[int, ImageSet]
     inputs: Mapping[str, Sequence[Any]]
     otherwise: Mapping[str, ImageSet]
     rebuilt: Sequence[np.ndarray] | None
+    reconstruction: Mapping[str, Any] | None
     value_range: tuple[float, float]
     once: ImageSet
 
@@ -151,7 +155,7 @@ def checked(config: DictConfig) -> Setup:
     if network is not None:
         check_features(network, model.preprocessing, cohort.name, cohort.split_hash)
     sections = plain(config.data).get("instrument")
-    instruments = find_instruments(sections, datamodule.preprocessing, datamodule.schema, cohort.split_hash)
+    instruments = find_instruments(sections, model.preprocessing, datamodule.schema, cohort.split_hash)
     samplers = read_samplers(config, model, seeds[0])
     nulls = COVARIATES not in model.network.conditioners or model.header.get("learned_null", True)
     axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"), nulls)
@@ -159,16 +163,33 @@ def checked(config: DictConfig) -> Setup:
 
 
 def drawn_images(setup: Setup) -> Images:
-    """Held-out images, their reconstructions, and samples at their covariates, written to files and read again."""
-    model, n = setup.model, setup.config.n
-    real, records = held_out_set(setup.datamodule, model.preprocessing.channels, n)
+    """Held-out images, their reconstructions, and samples at their covariates.
+
+    Samples are written to files and read again, and all others are what files would give back: on another grid a file
+    loses detail, which must not be what tells samples from real images. Only the first stage's own error is measured
+    without files.
+    """
+    model, n, recipe = setup.model, setup.config.n, setup.model.preprocessing
+    real, records = held_out_set(setup.datamodule, recipe.channels, n)
     samples, further = generated(setup, real, records)
     once = samples.first(n)
     inputs = record_inputs(model.header.get("conditioners", {}), [records[i % len(real)] for i in range(n)])
     otherwise = draw_samplers(setup.samplers, model, setup.path, once, inputs)
-    value_range = model.preprocessing.value_range or (float(real.images[0].min()), float(real.images[0].max()))
-    rebuilt = reconstructions(model, real.images, real.rows, value_range) if model.reconstructs else None
-    return Images(real, records, samples, further, inputs, otherwise, rebuilt, value_range, once)
+    rebuilt = reconstructions(model, real.images, real.rows) if model.reconstructs else None
+    found = None if rebuilt is None else quality(real.images, rebuilt, recipe.shown_range, records)
+    return Images(
+        real=replace(real, images=[as_written(recipe, image) for image in real.images]),
+        loaded=real.images,
+        records=records,
+        samples=samples,
+        further=further,
+        inputs=inputs,
+        otherwise=otherwise,
+        rebuilt=None if rebuilt is None else [as_written(recipe, image) for image in rebuilt],
+        reconstruction=found,
+        value_range=recipe.shown_range,
+        once=once,
+    )
 
 
 def facts(setup: Setup, images: Images) -> dict[str, Any]:
@@ -189,11 +210,9 @@ def facts(setup: Setup, images: Images) -> dict[str, Any]:
 
 def measured(setup: Setup, images: Images) -> dict[str, Any]:
     """Everything that is measured; None where there is nothing to measure it with."""
-    real, rebuilt, model = images.real, images.rebuilt, setup.model
+    real, model = images.real, setup.model
     metrics: dict[str, Any] = {
-        "reconstruction": None
-        if rebuilt is None
-        else quality(real.images, rebuilt, images.value_range, images.records),
+        "reconstruction": images.reconstruction,
         "diversity": diversity(setup, images),
         "ms_ssim": within(setup, images),
     }
@@ -325,6 +344,7 @@ def within(setup: Setup, images: Images) -> dict[str, Any] | None:
 
 def distances(setup: Setup, images: Images) -> dict[str, Any] | None:
     """See :func:`ldm.evaluation.distances.model_distances`."""
+    recipe = setup.model.preprocessing
     return model_distances(
         setup.network,
         setup.model,
@@ -332,6 +352,7 @@ def distances(setup: Setup, images: Images) -> dict[str, Any] | None:
         images.real.images,
         images.rebuilt,
         images.once.images,
+        control=(as_written(recipe, blurred(image)) for image in images.loaded),
         n_ref=setup.config.n_ref,
         seed=setup.config.seed,
         further={seed: one.images for seed, one in images.further.items()},
@@ -370,10 +391,10 @@ def mask_agreement(setup: Setup, images: Images) -> dict[str, Any]:
     except LdmError as error:
         logger.warning("No Dice of asked and found label maps: %s", error)
         return {"left_out": str(error)}
-    asked = [recipe.read_labels(record.labels) for record in images.records]  # (*S) each
-    subjects = [i % len(images.real) for i in range(config.n)]
+    maps = [recipe.read_labels(record.labels) for record in images.records]  # (*S) each
+    asked = [i % len(images.real) for i in range(config.n)]
     sets = images.real.images, images.rebuilt, images.once.images
-    found = mask_dice(segmenter, asked, *sets, subjects, config.seed)
+    found = mask_dice(segmenter, maps, *sets, asked, images.real.subjects, config.seed)
     for label, rows in found["labels"].items():
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))

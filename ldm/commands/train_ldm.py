@@ -338,7 +338,7 @@ def panels(
     inputs = record_inputs(conditioners, records)
     rows = [dict(record.covariates) for record in records]
     sections = quick_sections(plain(config.data).get("instrument"))
-    found = find_instruments(sections, datamodule.preprocessing, datamodule.schema)
+    found = find_instruments(sections, target.preprocessing, datamodule.schema)
     return SamplePanels(run_dir, rows, config.ldm.val_steps, merged(found), inputs)
 
 

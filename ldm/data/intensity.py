@@ -6,7 +6,8 @@
 ``window``     the fixed intensities ``lower`` and ``upper`` map onto ``range``; for CT in HU and for
                data on a known common scale, such as 8-bit pictures
 ``zscore``     zero mean, unit standard deviation of each volume; ``lower`` and ``upper`` are optional
-               limits in standard deviations; has no fixed range
+               limits in standard deviations; has no fixed range. Black and white, in pictures and in
+               measures that need a range, are the limits, where there are none 5 standard deviations
 =============  =====================================================================================
 """
 
@@ -27,6 +28,7 @@ _DEFAULT_LIMITS = {"percentile": (0.0, 99.5), "zscore": (None, None)}
 _AIR_HU = -500.0
 _PADDING_HU = (-1000.0, -1024.0, -2000.0, -2048.0, -3024.0)
 _SATURATED = 0.99
+_SHOWN = (-5.0, 5.0)  # standard deviations that are black and white where z-scores have no limits
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ class IntensityRecipe:
     def has_range(self) -> bool:
         """Whether every result lies in ``range``."""
         return self.kind != "zscore" and self.clip
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """(black, white) of pictures, and the range of measures that need one; the same for every image.
+
+        ``range``; of z-scores their limits, 5 standard deviations where they are not cut off.
+        """
+        if self.kind != "zscore":
+            return self.range
+        limits = (self.lower, self.upper) if self.clip else (None, None)
+        low, high = (shown if limit is None else limit for limit, shown in zip(limits, _SHOWN, strict=True))
+        return low, high
 
     def apply(self, array: np.ndarray, name: str) -> np.ndarray:
         """Map one channel (any shape) into the model's range; float32.

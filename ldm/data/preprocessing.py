@@ -146,6 +146,11 @@ class Preprocessing:
         """(background, maximum) of `load`'s images; None for z-scored images, which have no fixed range."""
         return None if self.intensity.kind == "zscore" else self.intensity.range
 
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """(black, white) of `load`'s images; pictures cut off what lies beyond. See `IntensityRecipe.shown_range`."""
+        return self.intensity.shown_range
+
     # in -----------------------------------------------------------------------------------------------
 
     def load(self, record: Record) -> tuple[np.ndarray, Geometry]:
@@ -256,7 +261,7 @@ class Preprocessing:
         3-D: a NIfTI image (I, J, K) or (I, J, K, C) with the original shape, affine (sform and qform) and
         orientation, in mm. Images are float32, which holds every model output without a scale factor, in
         stored units for the ``window`` recipe (HU) and in the model's range otherwise; labels are uint8.
-        2-D: a picture, uint8 (H, W) or (H, W, C): the model's range is spread over 0..255, label values stay.
+        2-D: a picture, uint8 (H, W) or (H, W, C): ``shown_range`` is spread over 0..255, label values stay.
         """
         self._expect_fitted()
         geometry = geometry or self.reference
@@ -272,8 +277,8 @@ class Preprocessing:
         return _nifti(restored if labels else self.intensity.invert(restored), geometry, labels)
 
     def _to_bytes(self, array: np.ndarray) -> np.ndarray:
-        a, b = (array.min(), array.max()) if self.intensity.kind == "zscore" else self.intensity.range
-        return np.rint(np.clip((array - a) / max(b - a, 1e-12), 0.0, 1.0) * 255).astype(np.uint8)
+        a, b = self.shown_range
+        return np.rint(np.clip((array - a) / (b - a), 0.0, 1.0) * 255).astype(np.uint8)
 
     # record -------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ numbers. A metric that ranks any of the controls above real images is named as o
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,7 @@ def model_distances(
     real: Sequence[np.ndarray],
     rebuilt: Sequence[np.ndarray] | None,
     samples: Sequence[np.ndarray],
+    control: Iterable[np.ndarray],
     n_ref: int = 1000,
     seed: int = 0,
     further: Mapping[int, Sequence[np.ndarray]] | None = None,
@@ -67,8 +69,8 @@ def model_distances(
     """What ``metrics.json`` holds under ``distances`` for a model and the held-out images of its cohort.
 
     The reference are at most ``n_ref`` images of the training split. All sets have n images, the smaller of held-out
-    images and samples; sample i was asked as held-out image i, so the first n of both have the same covariates. Samples
-    were written to files and read again; all other images are shown to the network as if they had been.
+    images and samples; sample i was asked as held-out image i, so the first n of both have the same covariates. All
+    that is given was written to files and read again, or is what files would give back; so is what is added here.
 
     Args:
         network: see :mod:`ldm.evaluation.features`.
@@ -76,6 +78,7 @@ def model_distances(
         datamodule: its cohort.
         real, rebuilt: held-out images and their reconstructions, each ``(C, *S)``; None of a model that cannot.
         samples: asked with the covariates of ``real`` in turn.
+        control: held-out images in the order of ``real``, each :func:`blurred`; not taken further than the first n.
         n_ref: size of the reference.
         seed: of the reference, the draws and the resamples.
         further: seed -> samples asked alike, drawn with other noise; a row each, and the spread over all seeds.
@@ -98,11 +101,11 @@ def model_distances(
     written = functools.partial(as_written, model.preprocessing)
     reference = (written(train[position]["image"][channels].numpy()) for position in chosen)
     sets: dict[str, Iterable[np.ndarray]] = {
-        FLOOR: map(written, real[:n]),
-        CONTROL: (written(blurred(image)) for image in real[:n]),
+        FLOOR: real[:n],
+        CONTROL: itertools.islice(control, n),
     }
     if rebuilt is not None:
-        sets[RECONSTRUCTED] = map(written, rebuilt[:n])
+        sets[RECONSTRUCTED] = rebuilt[:n]
     if isinstance(getattr(model, "first_stage", None), AutoencoderKL):
         sets[PRIOR] = map(written, prior_images(model, n, seed))
     sets[SAMPLES] = samples[:n]

@@ -257,8 +257,8 @@ def _expect_like_images(path: Path, trained: Mapping[str, Any], given: Mapping[s
     key = unlike(trained, given)
     if key is not None:
         raise LdmError(
-            f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again with "
-            f"the same data settings: ldm {verb}."
+            f"{path} was trained on images with {key} {trained[key]}, these have {given[key]}. Train it again on "
+            f"images like these: ldm {verb}."
         )
 
 

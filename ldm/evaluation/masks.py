@@ -68,17 +68,19 @@ def mask_dice(
     real: Sequence[np.ndarray],
     rebuilt: Sequence[np.ndarray] | None,
     samples: Sequence[np.ndarray],
-    subjects: Sequence[int],
+    asked: Sequence[int],
+    subjects: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Any]:
     """Dice of asked and found label maps, beside what the segmenter reaches on real images and what chance reaches.
 
     Args:
         segmenter: finds a map in an image.
-        masks: stored label values ``(*S)`` of the held-out subjects.
-        real, rebuilt: their images ``(C, *S)``, and these reconstructed; None of a model that cannot.
+        masks: stored label values ``(*S)`` of the held-out images.
+        real, rebuilt: these images ``(C, *S)``, and the same reconstructed; None of a model that cannot.
         samples: images ``(C, *S)``.
-        subjects: for each sample, whose map was asked for: a position in ``masks``.
+        asked: for each sample, the position in ``masks`` of the map that it was given.
+        subjects: whose each of ``masks`` is.
         seed: of the bootstrap.
 
     Returns:
@@ -86,29 +88,29 @@ def mask_dice(
         subject was asked for, :data:`CHANCE`) ``mean``, ``std``, ``interval`` and ``n``, see :func:`summary`; and
         ``protocol``.
     """
-    asked = [segmenter.labels.classes(torch.from_numpy(mask)) for mask in masks]  # (*S) each
+    truth = [segmenter.labels.classes(torch.from_numpy(mask)) for mask in masks]  # (*S) each
     on_real, on_rebuilt, on_samples = (
         [torch.from_numpy(segmenter.segment(image)) for image in track(images, f"segmenting {name}")]  # (*S) each
         for name, images in (("held-out images", real), ("reconstructions", rebuilt or ()), ("samples", samples))
     )
-    everyone = range(len(masks))
+    everyone, whose = range(len(masks)), [subjects[k] for k in asked]
     pairs = {
-        SAMPLES: (subjects, on_samples),
+        SAMPLES: (asked, on_samples),
         HELD_OUT: (everyone, on_real),
         REBUILT: (everyone, on_rebuilt),
-        CHANCE: (subjects, [on_samples[other] for other in other_subjects(subjects)]),
+        CHANCE: (asked, [on_samples[other] for other in other_subjects(whose)]),
     }
     labels: dict[str, dict[str, Any]] = {name: {} for name in segmenter.labels.names}
-    for row, (whose, found) in pairs.items():
+    for row, (positions, found) in pairs.items():
         if not found:  # no reconstructions; or of one subject alone, and there is no other
             continue
-        scores = [dice_per_class(one, asked[k], len(segmenter.labels)) for k, one in zip(whose, found, strict=True)]
+        scores = [dice_per_class(one, truth[k], len(segmenter.labels)) for k, one in zip(positions, found, strict=True)]
         for name, values in zip(segmenter.labels.names, np.array(scores).T, strict=True):  # (N,)
-            labels[name][row] = summary(values, whose, seed)
+            labels[name][row] = summary(values, [subjects[k] for k in positions], seed)
     return {"labels": labels, "protocol": PROTOCOL}
 
 
-def other_subjects(subjects: Sequence[int]) -> list[int]:
+def other_subjects(subjects: Sequence[str]) -> list[int]:
     """For each sample another one of another subject: the first from half the list further on; empty if there is none.
 
     Half the list away, because neighbours in a table are often alike.
@@ -120,7 +122,7 @@ def other_subjects(subjects: Sequence[int]) -> list[int]:
     return [next(j for j in order if subjects[j] != subjects[i]) for i, order in enumerate(further)]
 
 
-def summary(values: np.ndarray, subjects: Sequence[int], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+def summary(values: np.ndarray, subjects: Sequence[str], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
     """Mean and standard deviation of scores; a bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
 
     Samples that were asked with one subject's map are not independent, so subjects are drawn, each with all its scores.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.model.file import tensors_hash
@@ -24,7 +23,6 @@ from ldm.networks.inception import Inception
 from ldm.networks.tensors import differences
 
 SLICES = 3  # of each axis of a volume
-STANDARD_DEVIATIONS = 5.0  # what black and white are of z-scored images that are not cut off elsewhere
 PLANES = f"{SLICES} slices across each axis, at 1/4, 1/2 and 3/4 of it; the mean of their features"
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a folder in the layout of Hugging Face
@@ -50,7 +48,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class PictureFeatures:
     """Features that a network for 8-bit RGB pictures has of images of any kind, ``(B, C, *S)``.
 
-    The value range of the images is spread over 0..255 and rounded, as in a file of a picture. An RGB picture is taken
+    The shown range of the images is spread over 0..255 and rounded, as in a file of a picture. An RGB picture is taken
     as it is; each channel of any other image alone, as a grey picture, and the features of all channels stand side by
     side. A volume is shown by :data:`PLANES`.
 
@@ -64,7 +62,7 @@ class PictureFeatures:
 
     def __init__(self, network: nn.Module, path: str | Path, preprocessing: Preprocessing) -> None:
         self.network, self.is_rgb = network, preprocessing.is_rgb
-        self.value_range = shown_range(preprocessing.intensity)
+        self.value_range = preprocessing.shown_range
         self.identity = {
             "name": str(path),
             "sha256": tensors_hash(network.state_dict()),
@@ -92,20 +90,6 @@ class PictureFeatures:
         """``(B, C, K, H, W)`` -> ``(B, C, K, F)``."""
         grey = slices.flatten(0, 2)[:, None].expand(-1, 3, -1, -1)  # (B C K, 3, H, W)
         return self.network(grey).unflatten(0, slices.shape[:3])
-
-
-def shown_range(intensity: IntensityRecipe) -> tuple[float, float]:
-    """The values that are shown as black and as white; what lies beyond is shown as these.
-
-    The range of a recipe that has one; of z-scored images their limits, and 5 standard deviations without limits.
-    """
-    if intensity.kind != "zscore":
-        return intensity.range
-    limits = (intensity.lower, intensity.upper) if intensity.clip else (None, None)
-    return tuple(
-        default if limit is None else limit
-        for limit, default in zip(limits, (-STANDARD_DEVIATIONS, STANDARD_DEVIATIONS), strict=True)
-    )
 
 
 def to_bytes(images: Tensor, value_range: tuple[float, float]) -> Tensor:

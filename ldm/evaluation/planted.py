@@ -27,9 +27,9 @@ def flipped(image, other, value_range, rng) -> np.ndarray:
 
 
 def shifted(image, other, value_range, rng) -> np.ndarray:
-    """By 4 % of each side, forth or back; what comes from outside is background."""
+    """By 4 % of each side, forth or back; what comes from outside is background, the lowest value there is."""
     voxels = [rng.choice((-1, 1)) * max(1, round(SHIFT * side)) for side in image.shape[1:]]
-    return scipy.ndimage.shift(image, (0, *voxels), order=0, cval=value_range[0])
+    return scipy.ndimage.shift(image, (0, *voxels), order=0, cval=image.min())
 
 
 def contrast(image, other, value_range, rng) -> np.ndarray:

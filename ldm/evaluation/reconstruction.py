@@ -17,16 +17,13 @@ HELD_OUT = ("test", "valid")  # splits that no stage is trained on
 
 
 def reconstructions(
-    model: Generative,
-    real: Sequence[np.ndarray],
-    rows: Sequence[Mapping[str, Any]],
-    value_range: tuple[float, float],
+    model: Generative, real: Sequence[np.ndarray], rows: Sequence[Mapping[str, Any]]
 ) -> list[np.ndarray]:
-    """Held-out images ``(C, *S)`` through the model, see :meth:`Generative.reconstruct`."""
-    rebuilt = []
+    """Held-out images ``(C, *S)`` through the model, see :meth:`Generative.reconstruct`, in its range if it has one."""
+    rebuilt, value_range = [], model.preprocessing.value_range
     for image, row in zip(track(real, "reconstructing"), rows, strict=True):
         decoded = model.reconstruct(torch.from_numpy(image)[None], [row])  # (1, C, *S)
-        rebuilt.append(decoded[0].clamp(*value_range).cpu().numpy())
+        rebuilt.append((decoded if value_range is None else decoded.clamp(*value_range))[0].cpu().numpy())
     return rebuilt
 
 

@@ -175,7 +175,7 @@ def in_model_space(preprocessing: Preprocessing, array: np.ndarray) -> np.ndarra
         ``(C, *S)``.
     """
     if preprocessing.spatial_dims == 2:
-        low, high = preprocessing.value_range or (0.0, 1.0)
+        low, high = preprocessing.shown_range
         array = array / 255 * (high - low) + low
     else:
         array = preprocessing.intensity.again(array)

@@ -92,6 +92,18 @@ def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_
 
 
 @pytest.mark.slow
+def test_z_scores_have_one_range_whatever_the_first_scan(ldm, tmp_path):
+    write_persons(tmp_path / "made")
+    copied(tmp_path, 6)
+    settings = (*PERSONS, "data.intensity={kind: zscore, lower: null, upper: null}")
+    assert ldm("train-matcher", *settings, "trainer.max_steps=1", "trainer.val_every=1")[0] == 0
+    code, text = ldm("audit", *settings, "planted=3", "synthetic=drawn")
+    assert code in (0, NOT_PASSED), text
+    found = json.loads((tmp_path / "runs/made/audit/audit.json").read_text())
+    assert found["protocol"]["value_range"] == [-5, 5]
+
+
+@pytest.mark.slow
 def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     write_persons(tmp_path / "made")
     networks = [item for item in TINY if not item.startswith(("data.", "vae.network", "ldm.network.channels"))]

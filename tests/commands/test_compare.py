@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from ldm.commands import audit as audit_verb
 from ldm.commands import compare
 from ldm.commands.compare import HeldOut, build_measure, check_entries, model_row, read_entries, read_samples
 from ldm.data.draft import Record
+from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.evaluation.audit import Scans
@@ -116,10 +118,11 @@ def test_rows_of_other_channels_have_other_names(tmp_path, subjects):
     recipe = gan().preprocessing
     cohort = SimpleNamespace(split_hash="ours", records=subjects.records)
     datamodule = SimpleNamespace(preprocessing=recipe, schema=CovariateSchema([AGE, KIND]), cohort=cohort)
-    one, two = (
-        build_measure(CONFIG, datamodule, Texture(), subjects, channels, tmp_path).file_name("held-out images", {})
+    measures = (
+        build_measure(CONFIG, datamodule, replace(recipe, channels=channels), Texture(), subjects, tmp_path)
         for channels in (("T1",), ("T2",))
     )
+    one, two = (measure.file_name("held-out images", {}) for measure in measures)
     assert one != two
 
 
@@ -172,3 +175,17 @@ def test_an_audit_counts_subjects_before_it_draws(monkeypatch, tmp_path):
     asked = {"rate": 0.05, "alpha": 0.05, "recall": 0.95, "seed": 0, "flip_axes": None, "matcher_path": "m"}
     with pytest.raises(LdmError, match="needs 2 subjects or more"):
         audit_verb.run(OmegaConf.create({**counts, **asked, "run_dir": str(tmp_path)}))
+
+
+def test_instruments_are_for_the_channels_that_models_generate(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(compare, "find_instruments", lambda sections, recipe, *_: given.append(recipe) or {})
+    recipe = Preprocessing(2, None, channels=("T1",))
+    datamodule = SimpleNamespace(
+        preprocessing=replace(recipe, channels=("T1", "T2")),
+        schema=CovariateSchema([]),
+        cohort=SimpleNamespace(split_hash="0", records=[]),
+    )
+    network, config = SimpleNamespace(identity={"sha256": "0"}), OmegaConf.create({"data": {}, "seed": 0})
+    build_measure(config, datamodule, recipe, network, HeldOut([], [], []), tmp_path)
+    assert given == [recipe]

@@ -105,8 +105,15 @@ def test_one_channel_from_another(ldm, tiny, tmp_path, cohort_root):
     code, text = ldm("train-vae", *tiny, f"data.image={{T1: {scan}}}", "trainer.max_steps=1")
     assert not code, text
     both = f"data.image={{T1: {scan}, T2: {scan}}}"
-    code, text = ldm("train-ldm", *tiny, both, *STEPS, "ldm.conditioners={image: {channels: [T2]}}")
+    code, text = ldm("train-predictor", *tiny, f"data.image={{T1: {scan}}}", "trainer.max_steps=1")
     assert not code, text
+    measured = (both, "data.instrument=[{kind: predictor, path: runs/simulated/predictor/model.safetensors}]")
+    code, text = ldm("train-ldm", *tiny, *measured, *STEPS, "ldm.conditioners={image: {channels: [T2]}}")
+    assert not code, text
+    code, text = ldm("evaluate", *tiny, *measured, *FAST, "n=2", "repeats=0")
+    assert not code, text
+    metrics = json.loads((tmp_path / "runs/simulated/evaluation/metrics.json").read_text())
+    assert metrics["fidelity"]["sex"]["instrument"] == "predictor"
     first = next(cohort_root.glob("sub-*"))
     image = f"image={{T2: '{first}/anat/{first.name}_T1w.nii.gz'}}"
     code, text = ldm("sample", *tiny, *FAST, "n=1", image, "out=drawn")

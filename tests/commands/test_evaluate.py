@@ -6,11 +6,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from ldm.commands import evaluate
 from ldm.commands.evaluate import keep_nearest
 from ldm.commands.held_out import evenly_first, read_sample
+from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
+from ldm.evaluation.distances import blurred
 from ldm.evaluation.fidelity import ImageSet
 from ldm.evaluation.pictures import evenly, pictures
 from ldm.model.output import as_written, image_paths, write_image
@@ -50,6 +53,22 @@ def test_a_written_picture_comes_back_with_all_channels(tmp_path, channels, file
     np.testing.assert_allclose(read_sample(model, paths), image, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("limits", "step"), [((None, None), 10 / 255), ((-1.0, 3.0), 4 / 255)], ids=["free", "cut off"]
+)
+def test_written_z_scores_come_back_as_they_were(tmp_path, limits, step):
+    recipe = Preprocessing(
+        2, None, None, (8, 8), (1, 1), IntensityRecipe("zscore", *limits), ("T1",), Geometry.plan((8, 8))
+    )
+    model = SimpleNamespace(preprocessing=recipe)
+    for number, (low, high) in enumerate([(-1.0, 3.0), (-0.2, 0.1)]):  # a picture of little contrast stays one
+        image = np.random.default_rng(number).uniform(low, high, (1, 8, 8)).astype(np.float32)
+        paths = image_paths(model, tmp_path, f"sub-{number}")
+        write_image(model, image, paths)
+        np.testing.assert_allclose(read_sample(model, paths), image, atol=step / 2 + 1e-5)
+        np.testing.assert_array_equal(as_written(recipe, image), read_sample(model, paths))
+
+
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_path, spatial_dims):
     if spatial_dims == 2:
@@ -67,6 +86,48 @@ def test_an_image_that_was_not_written_is_made_comparable_to_one_that_was(tmp_pa
     written = as_written(preprocessing, image)
     np.testing.assert_allclose(read_sample(model, paths), written, atol=1e-5)
     assert np.abs(written - image).max() > 1e-3  # something was lost
+
+
+@pytest.fixture
+def conditions(monkeypatch):
+    """An evaluation of one held-out z-scored volume that files hold at another spacing, rebuilt 0.5 too bright."""
+    reference = Geometry.plan((12, 14, 16), LAS, "RAS", (4.0, 3.0, 6.0), (8, 8, 8))
+    recipe = Preprocessing(
+        3, shape=(8, 8, 8), intensity=IntensityRecipe("zscore"), channels=("T1",), reference=reference
+    )
+    loaded = np.random.default_rng(0).standard_normal((1, 8, 8, 8)).astype(np.float32)
+    model = SimpleNamespace(
+        preprocessing=recipe, header={}, reconstructs=True, reconstruct=lambda images, rows: images + 0.5
+    )
+    records = [Record("a", "a", {}, None, {}, "test")]
+    monkeypatch.setattr(evaluate, "held_out_set", lambda *_: (ImageSet([loaded], [{}], ["a"]), records))
+    monkeypatch.setattr(evaluate, "generated", lambda setup, real, records: (real, {}))
+    monkeypatch.setattr(evaluate, "draw_samplers", lambda *_: {})
+    config = SimpleNamespace(n=1, n_ref=1, seed=0)
+    return SimpleNamespace(model=model, datamodule=None, network=None, config=config, samplers={}, path=None), loaded
+
+
+def test_real_images_are_measured_as_files_give_them_back_and_the_first_stage_without_files(conditions):
+    setup, loaded = conditions
+    images, recipe = evaluate.drawn_images(setup), setup.model.preprocessing
+    written = as_written(recipe, loaded)
+    assert np.abs(written - loaded).max() > 0.1
+    np.testing.assert_array_equal(images.real.images, [written])
+    np.testing.assert_array_equal(images.rebuilt, [as_written(recipe, loaded + 0.5)])
+    assert images.value_range == (-5, 5)
+    assert images.reconstruction["psnr_mean"] == pytest.approx(20 * np.log10(10 / 0.5), abs=1e-3)
+
+
+def test_distances_are_of_images_that_went_through_files_once(conditions, monkeypatch):
+    setup, loaded = conditions
+    given = {}
+    monkeypatch.setattr(evaluate, "model_distances", lambda *sets, **more: given.update(more, sets=sets))
+    images = evaluate.drawn_images(setup)
+    evaluate.distances(setup, images)
+    _, _, _, real, rebuilt, _ = given["sets"]
+    assert real is images.real.images
+    assert rebuilt is images.rebuilt
+    np.testing.assert_array_equal(list(given["control"]), [as_written(setup.model.preprocessing, blurred(loaded))])
 
 
 def test_pictures_show_the_same_cases_evenly_from_a_sorted_table(tmp_path, monkeypatch):

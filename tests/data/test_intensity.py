@@ -55,6 +55,21 @@ def test_zscore() -> None:
     assert limited.background(result) == result.min()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (IntensityRecipe("percentile", range=(-1.0, 1.0)), (-1, 1)),
+        (IntensityRecipe("window", -1000, 400), (0, 1)),
+        (IntensityRecipe("zscore"), (-5, 5)),
+        (IntensityRecipe("zscore", -2, 4), (-2, 4)),
+        (IntensityRecipe("zscore", upper=4), (-5, 4)),
+        (IntensityRecipe("zscore", -2, 4, clip=False), (-5, 5)),
+    ],
+)
+def test_black_and_white_are_fixed(recipe: IntensityRecipe, expected: tuple[float, float]) -> None:
+    assert recipe.shown_range == expected
+
+
 @pytest.mark.parametrize("kind", ["percentile", "zscore"])
 def test_ct_under_an_mr_recipe_is_refused(kind: str) -> None:
     with pytest.raises(LdmError, match=r"sub-7\.nii.*min -1024.*looks like CT.*window"):

@@ -54,6 +54,12 @@ TRAIN, HELD_OUT = scans(persons(60, 0), "train"), scans(persons(40, 1), "held")
 SETTINGS = AuditSettings(planted=20, recall=0.9)
 
 
+def test_what_a_shift_brings_in_is_background():
+    scan = TRAIN.images[0]
+    (copy,) = plant("shifted", [scan], [0], [0], (-5, 5), seed=5)
+    assert copy.min() == scan.min()
+
+
 def changed(kinds, count):
     """Copies of the first training scans, of all kinds in turn."""
     return [next(plant(kinds[i % len(kinds)], TRAIN.images, [i], [59], (0, 1), seed=5)) for i in range(count)]

@@ -72,7 +72,7 @@ def images(n, seed, size=8, level=0.5, channels=1):
 # protocol -----------------------------------------------------------------------------------------------
 
 
-def evaluated(made, held_out=24, drawn=20, training_subjects=40, **options):
+def evaluated(made, held_out=24, drawn=20, training_subjects=40, network=None, **options):
     """Distances of a model whose reconstructions are perfect and whose samples are too bright."""
     train = [{"image": torch.from_numpy(np.concatenate([1 - x, x]))} for x in images(40, 1)]
     records = [SimpleNamespace(subject=f"sub-{i % training_subjects}") for i in range(len(train))]
@@ -82,8 +82,9 @@ def evaluated(made, held_out=24, drawn=20, training_subjects=40, **options):
         preprocessing=SimpleNamespace(channels=("other", "a")),
     )  # the model generates the second channel only
     made.preprocessing = replace(made.preprocessing, reference=RECIPE.reference)
-    real = images(held_out, 2)
-    return model_distances(Texture(), made, datamodule, real, real, images(drawn, 3, level=0.8), **options)
+    real, control = images(held_out, 2), map(blurred, images(held_out, 2))
+    sets = real, real, images(drawn, 3, level=0.8), control
+    return model_distances(network or Texture(), made, datamodule, *sets, **options)
 
 
 def autoencoder_model():
@@ -120,6 +121,18 @@ def test_every_row_is_measured_at_the_same_n_against_the_training_split():
     assert json.loads(json.dumps(result)) == result
     assert evaluated(autoencoder_model(), n_ref=30) == result
     assert evaluated(autoencoder_model(), n_ref=30, seed=1)["rows"] != rows
+
+
+def test_what_files_gave_back_is_not_rounded_again():
+    class Watching(Texture):
+        def __call__(self, images):
+            seen.extend(images.numpy())
+            return super().__call__(images)
+
+    seen = []
+    evaluated(model([AGE], "concat", channels=1), network=Watching())
+    first = images(24, 2)[0]  # a held-out image, whose values are not those of 8 bits
+    assert any((image == first).all() for image in seen)
 
 
 def test_further_seeds_are_rows_and_their_spread_is_said():

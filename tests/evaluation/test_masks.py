@@ -54,8 +54,8 @@ MASKS = [np.array([0, 10, 21], np.uint8)[one] for one in FOUND]  # as they are s
 IMAGES = [one[None].astype(np.float32) for one in FOUND]
 
 
-def rows_of(samples, subjects, real=IMAGES, rebuilt=IMAGES):
-    return mask_dice(Reader(), MASKS, real, rebuilt, samples, subjects)["labels"]
+def rows_of(samples, asked, real=IMAGES, rebuilt=IMAGES, masks=MASKS, subjects="abc"):
+    return mask_dice(Reader(), masks, real, rebuilt, samples, asked, subjects)["labels"]
 
 
 def test_obedient_samples_reach_the_ceiling_and_chance_does_not():
@@ -87,7 +87,7 @@ def test_a_label_that_is_missing_scores_0_and_one_that_nobody_has_is_not_counted
     rows = rows_of([without, IMAGES[2]], [1, 2])["right"]
     assert (rows[SAMPLES]["mean"], rows[SAMPLES]["n"]) == (0.5, 2)
     empty = [np.zeros((8, 8), np.uint8)] * 2
-    result = mask_dice(Reader(), empty, nothing, nothing, nothing, [0, 1])
+    result = mask_dice(Reader(), empty, nothing, nothing, nothing, [0, 1], "ab")
     assert result["labels"]["left"][SAMPLES] == {"mean": None, "std": None, "interval": None, "n": 0}
     assert masks_in_words(result["labels"]) == []
     json.dumps(result)
@@ -99,6 +99,16 @@ def test_the_other_sample_is_of_another_subject():
     subjects = [k % 5 for k in range(11)]
     assert all(subjects[i] != subjects[j] for i, j in enumerate(other_subjects(subjects)))
     assert CHANCE not in rows_of(IMAGES[:1] * 2, [0, 0])["left"]
+
+
+def test_two_scans_of_a_subject_are_not_two_subjects():
+    masks, images = [MASKS[0], MASKS[0], MASKS[2]], [IMAGES[0], IMAGES[0], IMAGES[2]]
+    rows = rows_of(images, [0, 1, 2], images, images, masks, "aab")["left"]
+    assert rows[CHANCE]["mean"] == 0  # never the other scan of the same subject
+    assert rows[HELD_OUT]["interval"] == [1, 1]
+    for row in rows_of(images, [0, 1, 2], images, images, masks, "aaa")["left"].values():
+        assert row["interval"] is None
+        assert row["n"] == 3
 
 
 def test_the_interval_is_one_over_subjects():
@@ -157,6 +167,9 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
     page = _template("masks.html").render(masks=found)
     assert page.count("<td>left</td>") == 4
     assert f"{found['labels']['left'][SAMPLES]['mean']:.3f}" in page
+    alone = replace(shown, subjects=["a", "a"])
+    images.real = images.once = alone
+    assert CHANCE not in mask_agreement(setup, images)["labels"]["left"]
     config.data.instrument = None
     found = mask_agreement(setup, images)
     assert "data.instrument is not set" in caplog.text

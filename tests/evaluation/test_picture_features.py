@@ -16,7 +16,7 @@ from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.evaluation.features import check_features, extract, find_features
-from ldm.evaluation.picture_features import IMAGENET_MEAN, IMAGENET_STD, PLANES, PictureFeatures, shown_range
+from ldm.evaluation.picture_features import IMAGENET_MEAN, IMAGENET_STD, PLANES, PictureFeatures
 from ldm.networks.inception import Inception
 
 GREY = Preprocessing(2, None, intensity=IntensityRecipe("window", 0, 255), channels=("image",))
@@ -190,14 +190,10 @@ def test_a_volume_is_the_mean_of_three_slices_across_each_axis_and_channels_stan
     ("recipe", "expected"),
     [
         (IntensityRecipe("percentile", range=(-1.0, 1.0)), (-1, 1)),
-        (IntensityRecipe("window", -1000, 400), (0, 1)),
-        (IntensityRecipe("zscore"), (-5, 5)),
         (IntensityRecipe("zscore", -2, 4), (-2, 4)),
-        (IntensityRecipe("zscore", -2, 4, clip=False), (-5, 5)),
     ],
 )
 def test_the_range_of_the_recipe_is_shown_from_black_to_white(recipe, expected):
-    assert shown_range(recipe) == expected
     low, high = expected
     network = PictureFeatures(Brightness(), "none", replace(GREY, intensity=recipe))
     image = torch.tensor([low - 1, low, high, high + 1], dtype=torch.float32).view(1, 1, 2, 2)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from ldm.data.draft import Record
-from ldm.evaluation.reconstruction import quality
+from ldm.data.intensity import IntensityRecipe
+from ldm.data.preprocessing import Preprocessing
+from ldm.evaluation.reconstruction import quality, reconstructions
 
 
 def record(number: int, split: str) -> Record:
     return Record(f"a{number}", f"a{number}", {}, None, {}, split, f"table:{number}")
+
+
+@pytest.mark.parametrize(
+    ("intensity", "highest"), [(IntensityRecipe("zscore"), 7), (IntensityRecipe("window", 0, 255), 1)], ids=str
+)
+def test_only_what_has_a_range_is_cut_off(intensity, highest):
+    recipe = Preprocessing(2, intensity=intensity, channels=("T1",))
+    model = SimpleNamespace(preprocessing=recipe, reconstruct=lambda images, rows: 7 * images)
+    (rebuilt,) = reconstructions(model, [np.ones((1, 4, 4), np.float32)], [{}])
+    assert (rebuilt == highest).all()
 
 
 def test_psnr_of_each_held_out_split():
