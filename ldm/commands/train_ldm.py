@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
 from ldm.commands.ema import SNAPSHOTS
-from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_preprocessing
+from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_cohort, same_preprocessing
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.commands.target import LABELS, Target, asked_conditioners, check_target, find_target
@@ -59,6 +59,7 @@ def run(config: DictConfig) -> dict[str, float]:
     first_stage = first_stage or pixel_space(target.preprocessing)
     conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
     same_preprocessing(first_stage, target.preprocessing)
+    same_cohort(first_stage, datamodule.cohort, target.classes, config.first_stage)
     train, valid = (
         posterior_cache(config, datamodule, first_stage, split, conditioners, target) for split in ("train", "valid")
     )
@@ -107,7 +108,7 @@ def run_identity(
         "denoiser": header["denoiser"],
         "condition": header["condition"],
         **({"conditioners": ldm["conditioners"]} if header["conditioners"] else {}),
-        **({"target": header["target"]} if "target" in header else {}),
+        **({"target": header["target"], "labels": model.classes.meaning} if "target" in header else {}),
         **({"text_encoder_sha256": encoder["sha256"]} if encoder else {}),
         **({"control": header["control"]} if "control" in header else {}),
         "schedule": header["schedule"],

@@ -56,7 +56,12 @@ def run(config: DictConfig) -> dict[str, float]:
         datamodule,
         plain(config.trainer),
         run_dir,
-        {"network": network, "split_sha256": datamodule.cohort.split_hash},
+        {
+            "network": network,
+            "labels": labels.meaning,
+            "preprocessing": datamodule.preprocessing.fingerprint(),
+            "split_sha256": datamodule.cohort.split_hash,
+        },
         save_model,
         label=f"{datamodule.cohort.name} segmenter",
         monitor="segmenter/val/dice",
