@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
-    check_nulls(config, valid.covariates, learns_null(plain(config.ldm), train.covariates), datamodule.schema)
+    nulls = learned_nulls(config.ldm.condition, conditioners, train.covariates) if frozen is None else frozen.nulls
+    check_nulls(config, valid.covariates, nulls, datamodule.schema)
     write_config(config, run_dir)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
@@ -232,8 +233,9 @@ def build_model(
         schema = datamodule.schema
         distribution = datamodule.cohort.distribution() if len(schema) else None
         space = LatentSpace.identity(len(target.classes.names)) if as_it_is else train.fit_space()
-        header["learned_null"] = learns_null(ldm, train.covariates)
+        header["learned_nulls"] = learned_nulls(ldm["condition"], conditioners, train.covariates)
         model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
+        model.header["learned_null"] = not model.unlearned
         fit_conditioners(model, train, ldm["conditioners"])
         warn_of_lost_means(ldm["network"])
     else:
@@ -265,26 +267,30 @@ def warn_of_lost_means(network: Mapping[str, Any]) -> None:
         )
 
 
-def learns_null(ldm: Mapping[str, Any], covariates: np.ndarray) -> bool:
-    """Whether training ever hides a condition, so that the model knows what to do without.
+def learned_nulls(
+    condition: Mapping[str, Any], conditioners: Mapping[str, Mapping[str, Any]], covariates: np.ndarray
+) -> list[str]:
+    """Names of the conditioners that training ever hides, so that the model knows what to do without them.
 
     Args:
-        ldm: the section of the configuration.
+        condition: ``ldm.condition``.
+        conditioners: see :func:`describe_conditioners`.
         covariates: codes of the training images ``(N, K)``, NaN where one is missing.
     """
-    rates = [ldm["condition"].get(name, 0) for name in ("drop_rate", "drop_all_rate")]
-    rates += [one["drop_rate"] for one in with_defaults(ldm["conditioners"]).values()]
-    return any(rates) or bool(np.isnan(covariates).any())
+    rates = {name: one["drop_rate"] for name, one in conditioners.items()}
+    if condition["mode"] != "none":
+        rates[COVARIATES] = condition.get("drop_rate", 0) or float(np.isnan(covariates).any())
+    return sorted(name for name, rate in rates.items() if rate or condition.get("drop_all_rate", 0))
 
 
-def check_nulls(config: DictConfig, held_out: np.ndarray, learned: bool, schema: CovariateSchema) -> None:
+def check_nulls(config: DictConfig, held_out: np.ndarray, nulls: Collection[str], schema: CovariateSchema) -> None:
     """Refuse held-out subjects without a covariate where the model does not learn to go without one.
 
     Raises:
         LdmError: naming the covariate.
     """
     missing = np.isnan(held_out).any(0)  # (K,)
-    if not learned and config.ldm.condition.mode != "none" and missing.any():
+    if COVARIATES not in nulls and config.ldm.condition.mode != "none" and missing.any():
         raise LdmError(
             f"Held-out subjects lack the covariate '{schema.names[int(missing.argmax())]}', and training never hides "
             "one: set ldm.condition.drop_rate above 0, or data.missing_covariate=drop."
