@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -67,5 +68,6 @@ def run(config: DictConfig) -> dict[str, float]:
         monitor="segmenter/val/dice",
         loggers=loggers(config),
     )
-    logger.info("Held-out Dice %.3f. Model: %s", metrics["segmenter/val/dice"], run_dir / "model.safetensors")
+    dice = metrics.get("segmenter/val/dice", math.nan)  # no held-out image has a class
+    logger.info("Held-out Dice %.3f. Model: %s", dice, run_dir / "model.safetensors")
     return metrics
