@@ -141,13 +141,25 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
     posthoc_ema(ldm)
     with_defaults(ldm["conditioners"])
-    if ldm["patience"] is not None:
-        check_count("ldm.patience", ldm["patience"])
-        if ldm["target"] != "labels":
-            raise LdmError("ldm.patience counts validations without a better Dice: it needs ldm.target=labels.")
+    check_choosing(ldm)
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
+
+
+def check_choosing(ldm: Mapping[str, Any]) -> None:
+    """Refuse ``ldm.patience`` and ``ldm.keep_best`` where no Dice is measured by which they could choose.
+
+    Raises:
+        LdmError: images are generated, or none are drawn at validations.
+    """
+    if ldm["patience"] is not None:
+        check_count("ldm.patience", ldm["patience"])
+    asked = [f"ldm.{name}" for name in ("patience", "keep_best") if ldm[name]]
+    if asked and ldm["target"] != LABELS:
+        raise LdmError(f"{asked[0]} looks at the Dice of held-out images: it needs ldm.target=labels.")
+    if asked and ldm["val_samples"] < 1:
+        raise LdmError(f"{asked[0]} looks at the Dice of held-out images: it needs ldm.val_samples of 1 or more.")
 
 
 def posthoc_ema(ldm: Mapping[str, Any]) -> PosthocEMA:
