@@ -85,7 +85,7 @@ def _take_over(config: DictConfig, model: LatentDiffusionModel) -> None:
         for section, name in TAKEN.items():
             config.ldm[section] = header[name]
         config.ldm.learned_variance = model.learned_variance
-        if not header.get("learned_null", True):  # it never learned to go without a covariate
+        if model.unlearned:  # it never learned to go without some condition
             config.ldm.condition = {**header["condition"], "drop_rate": 0.0, "drop_all_rate": 0.0}
 
 
@@ -97,7 +97,7 @@ def first_stage_of(model: LatentDiffusionModel) -> FirstStage:
 def control_facts(model: LatentDiffusionModel) -> dict[str, Any]:
     """What the header of a controlled model says beside the rest."""
     facts = {"control": {"model_sha256": model.header["tensors_sha256"], "steps": model.header.get("steps")}}
-    return facts | {name: model.header[name] for name in ("learned_null",) if name in model.header}
+    return facts | {name: model.header[name] for name in ("learned_null", "learned_nulls") if name in model.header}
 
 
 def adopt(model: LatentDiffusionModel, caches: Sequence[PosteriorCache], schema: CovariateSchema) -> None:

@@ -15,6 +15,7 @@ from rich.progress import track
 from ldm.commands.run import plain, require_file
 from ldm.commands.target import Target
 from ldm.data.cache import content_hash
+from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
@@ -69,6 +70,39 @@ def same_preprocessing(first_stage: FirstStage, preprocessing: Preprocessing) ->
     if differing:
         what = "; ".join(f"{name}: {ours[name]} now, {theirs[name]} for the first stage" for name in differing)
         raise LdmError(f"The first stage was trained on images prepared otherwise. {what}.")
+
+
+def same_cohort(first_stage: FirstStage, cohort: Cohort, classes: LabelClasses | None, path: str | Path) -> None:
+    """Refuse a first stage of this cohort that has seen other subjects, or masks of other label values.
+
+    Of another cohort, by name, a first stage may be taken: what it was trained on is not held out here.
+
+    Args:
+        first_stage: a trained one.
+        cohort: what is to be trained on.
+        classes: of the label maps that are to be generated; None for images.
+        path: of its file, for messages.
+
+    Raises:
+        LdmError: another split of the cohort, or other values of its classes.
+    """
+    facts = first_stage.facts
+    if facts.get("cohort") != cohort.name:
+        return
+    ours, theirs = cohort.split_hash, facts.get("split_sha256")
+    if theirs is not None and ours != theirs:
+        raise LdmError(
+            f"{path} was trained on another split of the cohort '{cohort.name}': split_sha256 {theirs}, now {ours}; "
+            "subjects that are held out now may have trained it. Use the data settings that it was trained with, or "
+            "train another with ldm train-vae run_dir=... and give that as first_stage=...; another cohort needs "
+            "another data.name."
+        )
+    labels = facts.get("target", {}).get("labels")
+    if classes is not None and labels is not None and LabelClasses.from_config(labels) != classes:
+        raise LdmError(
+            f"{path} was trained on masks of other label values: data.label_names is {dict(classes.values)} now, was "
+            f"{labels}. Use the same, or train another with ldm train-vae."
+        )
 
 
 def posterior_cache(

@@ -39,11 +39,11 @@ def cohort_datamodule(config: DictConfig, batch_size: int = 1, patch_size: Any =
 
 
 def grid_multiple(config: DictConfig) -> int:
-    """Every side of an image has to be a multiple of this: first stage's factor times the U-Net's."""
+    """Every side of an image has to be a multiple of this: first stage's factor times the U-Net's, patches included."""
     network = {**plain(config.vae.network), "in_channels": 1}
     with torch.device("meta"):
         factor = build_first_stage(network).downsampling_factor
-    return factor * 2 ** (len(config.ldm.network.channels) - 1)
+    return factor * config.ldm.network.get("patch_size", 1) * 2 ** (len(config.ldm.network.channels) - 1)
 
 
 def prepared(datamodule: CohortDataModule) -> CohortDataModule:

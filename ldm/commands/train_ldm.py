@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
 from ldm.commands.ema import SNAPSHOTS
-from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_preprocessing
+from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_cohort, same_preprocessing
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.commands.target import LABELS, Target, asked_conditioners, check_target, find_target
@@ -60,12 +60,14 @@ def run(config: DictConfig) -> dict[str, float]:
     first_stage = first_stage or pixel_space(target.preprocessing)
     conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
     same_preprocessing(first_stage, target.preprocessing)
+    same_cohort(first_stage, datamodule.cohort, target.classes, config.first_stage)
     train, valid = (
         posterior_cache(config, datamodule, first_stage, split, conditioners, target) for split in ("train", "valid")
     )
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
-    check_nulls(config, valid.covariates, learns_null(plain(config.ldm), train.covariates), datamodule.schema)
+    nulls = learned_nulls(config.ldm.condition, conditioners, train.covariates) if frozen is None else frozen.nulls
+    check_nulls(config, valid.covariates, nulls, datamodule.schema)
     write_config(config, run_dir)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
@@ -108,7 +110,7 @@ def run_identity(
         "denoiser": header["denoiser"],
         "condition": header["condition"],
         **({"conditioners": ldm["conditioners"]} if header["conditioners"] else {}),
-        **({"target": header["target"]} if "target" in header else {}),
+        **({"target": header["target"], "labels": model.classes.meaning} if "target" in header else {}),
         **({"text_encoder_sha256": encoder["sha256"]} if encoder else {}),
         **({"control": header["control"]} if "control" in header else {}),
         "schedule": header["schedule"],
@@ -140,13 +142,25 @@ def check_diffusion(ldm: Mapping[str, Any]) -> None:
     check_process(schedule_from_dict(ldm["schedule"]), ldm["prediction_type"], ldm["learned_variance"])
     posthoc_ema(ldm)
     with_defaults(ldm["conditioners"])
-    if ldm["patience"] is not None:
-        check_count("ldm.patience", ldm["patience"])
-        if ldm["target"] != "labels":
-            raise LdmError("ldm.patience counts validations without a better Dice: it needs ldm.target=labels.")
+    check_choosing(ldm)
     sampling = construct(SamplingOptions, ldm["sampling"], "ldm.sampling")
     if (sampling.options or {}).get("variance") == "learned" and not ldm["learned_variance"]:
         raise LdmError("ldm.sampling.options.variance=learned needs ldm.learned_variance=true; or use small or large.")
+
+
+def check_choosing(ldm: Mapping[str, Any]) -> None:
+    """Refuse ``ldm.patience`` and ``ldm.keep_best`` where no Dice is measured by which they could choose.
+
+    Raises:
+        LdmError: images are generated, or none are drawn at validations.
+    """
+    if ldm["patience"] is not None:
+        check_count("ldm.patience", ldm["patience"])
+    asked = [f"ldm.{name}" for name in ("patience", "keep_best") if ldm[name]]
+    if asked and ldm["target"] != LABELS:
+        raise LdmError(f"{asked[0]} looks at the Dice of held-out images: it needs ldm.target=labels.")
+    if asked and ldm["val_samples"] < 1:
+        raise LdmError(f"{asked[0]} looks at the Dice of held-out images: it needs ldm.val_samples of 1 or more.")
 
 
 def posthoc_ema(ldm: Mapping[str, Any]) -> PosthocEMA:
@@ -232,8 +246,9 @@ def build_model(
         schema = datamodule.schema
         distribution = datamodule.cohort.distribution() if len(schema) else None
         space = LatentSpace.identity(len(target.classes.names)) if as_it_is else train.fit_space()
-        header["learned_null"] = learns_null(ldm, train.covariates)
+        header["learned_nulls"] = learned_nulls(ldm["condition"], conditioners, train.covariates)
         model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
+        model.header["learned_null"] = not model.unlearned
         fit_conditioners(model, train, ldm["conditioners"])
         warn_of_lost_means(ldm["network"])
     else:
@@ -265,26 +280,30 @@ def warn_of_lost_means(network: Mapping[str, Any]) -> None:
         )
 
 
-def learns_null(ldm: Mapping[str, Any], covariates: np.ndarray) -> bool:
-    """Whether training ever hides a condition, so that the model knows what to do without.
+def learned_nulls(
+    condition: Mapping[str, Any], conditioners: Mapping[str, Mapping[str, Any]], covariates: np.ndarray
+) -> list[str]:
+    """Names of the conditioners that training ever hides, so that the model knows what to do without them.
 
     Args:
-        ldm: the section of the configuration.
+        condition: ``ldm.condition``.
+        conditioners: see :func:`describe_conditioners`.
         covariates: codes of the training images ``(N, K)``, NaN where one is missing.
     """
-    rates = [ldm["condition"].get(name, 0) for name in ("drop_rate", "drop_all_rate")]
-    rates += [one["drop_rate"] for one in with_defaults(ldm["conditioners"]).values()]
-    return any(rates) or bool(np.isnan(covariates).any())
+    rates = {name: one["drop_rate"] for name, one in conditioners.items()}
+    if condition["mode"] != "none":
+        rates[COVARIATES] = condition.get("drop_rate", 0) or float(np.isnan(covariates).any())
+    return sorted(name for name, rate in rates.items() if rate or condition.get("drop_all_rate", 0))
 
 
-def check_nulls(config: DictConfig, held_out: np.ndarray, learned: bool, schema: CovariateSchema) -> None:
+def check_nulls(config: DictConfig, held_out: np.ndarray, nulls: Collection[str], schema: CovariateSchema) -> None:
     """Refuse held-out subjects without a covariate where the model does not learn to go without one.
 
     Raises:
         LdmError: naming the covariate.
     """
     missing = np.isnan(held_out).any(0)  # (K,)
-    if not learned and config.ldm.condition.mode != "none" and missing.any():
+    if COVARIATES not in nulls and config.ldm.condition.mode != "none" and missing.any():
         raise LdmError(
             f"Held-out subjects lack the covariate '{schema.names[int(missing.argmax())]}', and training never hides "
             "one: set ldm.condition.drop_rate above 0, or data.missing_covariate=drop."

@@ -54,6 +54,7 @@ def run(config: DictConfig) -> dict[str, float]:
         {
             "network": network,
             "targets": targets.schema.to_dict(),
+            "order": list(targets.schema.names),  # of the outputs; of two mappings it makes no difference
             "preprocessing": datamodule.preprocessing.fingerprint(),
             "split_sha256": cohort.split_hash,
         },

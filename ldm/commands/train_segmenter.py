@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,17 @@ def run(config: DictConfig) -> dict[str, float]:
         datamodule,
         plain(config.trainer),
         run_dir,
-        {"network": network, "split_sha256": datamodule.cohort.split_hash},
+        {
+            "network": network,
+            "labels": labels.meaning,
+            "preprocessing": datamodule.preprocessing.fingerprint(),
+            "split_sha256": datamodule.cohort.split_hash,
+        },
         save_model,
         label=f"{datamodule.cohort.name} segmenter",
         monitor="segmenter/val/dice",
         loggers=loggers(config),
     )
-    logger.info("Held-out Dice %.3f. Model: %s", metrics["segmenter/val/dice"], run_dir / "model.safetensors")
+    dice = metrics.get("segmenter/val/dice", math.nan)  # no held-out image has a class
+    logger.info("Held-out Dice %.3f. Model: %s", dice, run_dir / "model.safetensors")
     return metrics

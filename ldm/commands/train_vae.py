@@ -50,6 +50,7 @@ def run(config: DictConfig) -> dict[str, float]:
                 "cohort": datamodule.cohort.name,
                 "split_sha256": datamodule.cohort.split_hash,
                 "steps": module.step,
+                **({"target": target.facts} if target.classes else {}),
             },
         ).save(run_dir / "model.safetensors")
 
@@ -61,6 +62,7 @@ def run(config: DictConfig) -> dict[str, float]:
         {
             "network": module.config,
             "preprocessing": target.preprocessing.fingerprint(),
+            **({"labels": target.classes.meaning} if target.classes else {}),
             "split_sha256": datamodule.cohort.split_hash,
             "discriminator": plain(config.vae.discriminator) if module.loss["adversarial_weight"] else None,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class LabelClasses:
     def names(self) -> tuple[str, ...]:
         """Class names; class k + 1 is ``names[k]``."""
         return tuple(self.values)
+
+    @property
+    def meaning(self) -> list[list[Any]]:
+        """``[[name, stored values], ...]`` in class order: equal exactly when class indices mean the same."""
+        return [[name, list(values)] for name, values in self.values.items()]
 
     def __len__(self) -> int:
         """Number of classes, background included."""

@@ -86,7 +86,9 @@ def import_model(
         raise LdmError(f"data.covariates: give the range or the levels of {', '.join(unready)}; there is no cohort.")
     space = LatentSpace.identity(header["latent_shape"][0])
     with torch.device("meta"):  # 567 million parameters need no random start
-        model = LatentDiffusionModel({**header, "learned_null": False}, space, preprocessing, schema)
+        model = LatentDiffusionModel(
+            {**header, "learned_null": False, "learned_nulls": []}, space, preprocessing, schema
+        )
     sources = {
         "autoencoder": _load(model.first_stage, autoencoder, "autoencoder"),
         "diffusion": _load(model.network.denoiser.unet, diffusion, "diffusion"),

@@ -136,6 +136,22 @@ class LatentDiffusionModel(Editing, Generative):
         target = self.header.get("target")
         return None if target is None else LabelClasses.from_config(target["labels"])
 
+    @property
+    def nulls(self) -> list[str]:
+        """Conditioners that training hid now and then, so that the model can go without them.
+
+        Files that do not name them (``learned_nulls``) say it of all at once (``learned_null``), or had all.
+        """
+        names = list(self.network.conditioners)
+        if "learned_nulls" in self.header:
+            return [name for name in names if name in self.header["learned_nulls"]]
+        return names if self.header.get("learned_null", True) else []
+
+    @property
+    def unlearned(self) -> list[str]:
+        """Conditioners whose null should have been learned and was not; a control needs none."""
+        return [name for name, one in self.network.conditioners.items() if one.learns_null and name not in self.nulls]
+
     # --- one file -----------------------------------------------------------------------------------
 
     @classmethod
@@ -244,9 +260,10 @@ class LatentDiffusionModel(Editing, Generative):
         """The ``denoise`` of a sampler, guided as the settings say, for the condition of B samples.
 
         Raises:
-            LdmError: a guidance scale for what the model is not conditioned on, or for a model without nulls.
+            LdmError: a guidance scale for what the model is not conditioned on, or what needs a null that was never
+                learned: such a scale, or a sample that is not given a covariate, a label map or an image.
         """
-        self._require_learned_nulls(condition[COVARIATES], settings)
+        self._require_learned_nulls(condition, settings)
         scale, rescale = settings.guidance_scale, settings.guidance_rescale
         if isinstance(scale, Mapping):
             nulls = [self._without(condition, name) for name in scale]
@@ -297,22 +314,36 @@ class LatentDiffusionModel(Editing, Generative):
                 "it known. Legal: scales for text and for covariates that the caption does not name."
             )
 
-    def _require_learned_nulls(self, values: Tensor, settings: SamplingOptions) -> None:
-        """Refuse what needs a null of a model that never learned one (``learned_null`` in the header)."""
-        if self.header.get("learned_null", True):
-            return
-        left_out = [name for name, column in zip(self.schema.names, values.T, strict=True) if column.isnan().any()]
-        if left_out and COVARIATES in self.network.conditioners:
-            raise LdmError(f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}.")
-        scale, conditioners = settings.guidance_scale, self.network.conditioners
-        if isinstance(scale, Mapping):  # without a control there is the frozen model, which needs no learned null
-            scale = {
-                name: one for name, one in scale.items() if name not in conditioners or conditioners[name].learns_null
-            }
-        if any(one != 1 for one in (scale.values() if isinstance(scale, Mapping) else [scale])):
+    def _require_learned_nulls(self, condition: Condition, settings: SamplingOptions) -> None:
+        """Refuse what needs a null that was never learned; see :attr:`unlearned`."""
+        for name in self.unlearned:
+            key = "ldm.condition.drop_rate" if name == COVARIATES else f"ldm.conditioners.{name}.drop_rate"
+            self._require_given(name, condition[name], key)
+            self._require_unguided(name, settings.guidance_scale, key)
+
+    def _require_given(self, name: str, value: Tensor, key: str) -> None:
+        """Raise LdmError where ``(B, ...)`` of a conditioner has a sample to which it is not given."""
+        if name == COVARIATES:
+            left_out = [one for one, column in zip(self.schema.names, value.T, strict=True) if column.isnan().any()]
+            if left_out:
+                raise LdmError(
+                    f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}. It "
+                    f"would have learned it with {key} above 0."
+                )
+        elif "learned_nulls" in self.header and value.isnan().any():  # older files are asked as ever
             raise LdmError(
-                f"guidance_scale is {scale}, but this model never learned to go without its covariates, which "
-                "guidance compares with. Legal: 1."
+                f"This model never learned to go without its {name}: give one for every sample. It would have learned "
+                f"it with {key} above 0."
+            )
+
+    def _require_unguided(self, name: str, scale: float | Mapping[str, float], key: str) -> None:
+        """Raise LdmError for a guidance scale that compares with a sample without the conditioner ``name``."""
+        parts = (name, *self.schema.names) if name == COVARIATES else (name,)
+        scales = [scale.get(part, 1) for part in parts] if isinstance(scale, Mapping) else [scale]
+        if any(one != 1 for one in scales):
+            raise LdmError(
+                f"guidance_scale is {scale}, but this model never learned to go without its {name}, which guidance "
+                f"compares with. Legal: 1; it would have learned it with {key} above 0."
             )
 
     def denoise_many(self, x: Tensor, step: Step, conditions: Sequence[Condition]) -> list[Prediction]:

@@ -36,6 +36,8 @@ TRAINER_KEYS = (
     "checkpoint_seconds",
     "log_every",
 )
+#: of an identity, what checkpoints of earlier versions may lack; they are taken as they are
+ADDED = ("labels", "preprocessing", "order")
 
 
 def fit(
@@ -131,7 +133,8 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise LdmError(
             f"{path} is not a checkpoint of this package ({type(error).__name__}). Remove it to start anew."
         ) from error
-    differing = [name for name in sorted({*stored, *identity}) if stored.get(name) != identity.get(name)]
+    known = {name: value for name, value in identity.items() if name in stored or name not in ADDED}
+    differing = [name for name in sorted({*stored, *known}) if stored.get(name) != known.get(name)]
     if differing:
         what = "; ".join(f"{name} is {identity.get(name)} now, was {stored.get(name)}" for name in differing)
         raise LdmError(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pytorch_lightning import LightningModule, Trainer
 
+from ldm.errors import LdmError
 from ldm.metrics.segmentation import dice
 from ldm.model.ensemble import draw_ensembles
 from ldm.model.file import read_header
@@ -54,6 +55,9 @@ class SegmentationPanels(FigureCallback):
         steps: network calls each.
         keep_best: also keep the model of the best Dice so far, as ``model-best.safetensors``.
         patience: validations in a row without a better Dice, after which training stops; None for never.
+
+    Raises:
+        LdmError: one of these two where no case has a class, so that there is no Dice.
     """
 
     def __init__(
@@ -66,7 +70,13 @@ class SegmentationPanels(FigureCallback):
         patience: int | None = None,
     ) -> None:
         super().__init__(folder)
-        if cases and not any(case.truth.any() for case in cases):
+        measurable = any(case.truth.any() for case in cases)
+        if not measurable and (keep_best or patience is not None):
+            raise LdmError(
+                f"ldm.keep_best and ldm.patience go by {METRIC}, and none of the {len(cases)} held-out images has a "
+                "class: raise ldm.val_samples, give the validation split images with one, or leave the two out."
+            )
+        if cases and not measurable:
             logger.warning("None of the %d held-out images has a class: there is no %s.", len(cases), METRIC)
             cases = ()
         self.cases, self.members, self.steps = list(cases), members, steps

@@ -68,12 +68,26 @@ class SegmenterModule(StageModule):
                 self.validation[name].append(counts.double().cpu().numpy() * self.voxel_mm3)
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean Dice and the correlation of volumes per class."""
-        dice = np.nanmean(np.array(self.validation["dice"]), axis=0)
+        """Log mean Dice and the correlation of volumes per class; a class that is in no image is left out."""
+        dice = self._class_dice()  # (K - 1,)
         true, found = np.array(self.validation["true"]), np.array(self.validation["found"])
-        metrics = {"segmenter/val/dice": float(dice.mean())}
+        metrics = {}
+        if not np.isnan(dice).all():
+            metrics["segmenter/val/dice"] = float(np.nanmean(dice))
         for index, name in enumerate(self.labels.names):
-            metrics[f"segmenter/val/dice/{name}"] = float(dice[index])
+            if not np.isnan(dice[index]):
+                metrics[f"segmenter/val/dice/{name}"] = float(dice[index])
             if len(true) > 2 and true[:, index].std() > 0 and found[:, index].std() > 0:
                 metrics[f"segmenter/val/volume_r/{name}"] = float(np.corrcoef(true[:, index], found[:, index])[0, 1])
+        # of a class that was found in vain before, and is not any more, nothing is kept
+        self.latest = {name: value for name, value in self.latest.items() if "/val/" not in name}
         self.record(metrics, reduce=True)
+
+    def _class_dice(self) -> np.ndarray:
+        """Mean Dice of every class over the images of all ranks that have it ``(K - 1,)``; NaN where none has."""
+        scores = np.array(self.validation["dice"]).reshape(-1, len(self.labels) - 1)  # (N, K - 1)
+        sums = torch.from_numpy(np.stack([np.nansum(scores, 0), (~np.isnan(scores)).sum(0)])).to(self.device)
+        if self.trainer.world_size > 1:  # or a rank without a class would log other names than the rest
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        total, count = sums.cpu().numpy()
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -28,6 +28,7 @@ def test_volumes(ldm, tiny, tmp_path, cohort_root):
     assert model.latent_space.std.tolist() == [1] * 4
     assert model.network.conditioners["image"].images == ("T1", "T2")
     assert model.defaults.options == {"clip": [-1, 1]}
+    assert model.unlearned == ["image"]  # though covariates, which it is not given, would be hidden
     records = [json.loads(line) for line in (tmp_path / "runs/simulated/ldm/metrics.jsonl").read_text().splitlines()]
     assert any("ldm/val/dice/ventricles" in record for record in records)
     assert list((tmp_path / "runs/simulated/ldm/figures").glob("segmentation_*.png"))

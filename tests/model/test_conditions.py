@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ldm.commands.train_ldm import learned_nulls
 from ldm.conditioning.build import complete
 from ldm.data.geometry import Geometry
 from ldm.data.schema import CovariateSchema
@@ -145,3 +146,46 @@ def test_planes_and_words_are_mapped_by_name(tmp_path, mode, way):
                 one.network(x, t, one.encode_condition([{"age": 50.0, "sex": "F"}], given)) for one in (source, target)
             )
         torch.testing.assert_close(mapped, known, rtol=1e-4, atol=1e-4)
+
+
+def translating(**settings):
+    image = {"channels": ["a"], "drop_rate": 0.0}
+    described = complete({"image": image}, CovariateSchema([AGE]), None, ("a", "b"), 1)
+    return model([AGE], "adaptive_norm", conditioners=described, **settings)
+
+
+def test_what_training_never_hid_has_to_be_given_and_is_not_guided_by():
+    made, image = translating(learned_null=False, learned_nulls=["covariates"]), np.zeros((1, 8, 8), np.float32)
+    made.sample(image=image, n=2, **OPTIONS)  # without the age, which was hidden
+    made.sample({"age": 50.0}, image=image, n=1, guidance_scale={"age": 2.0}, **OPTIONS)
+    for inputs in ({}, {"image": [image, None]}):
+        with pytest.raises(LdmError, match=r"without its image.*ldm\.conditioners\.image\.drop_rate above 0"):
+            made.sample({"age": 50.0}, n=2, **inputs, **OPTIONS)
+    for scale in (2.0, {"image": 2.0}):
+        with pytest.raises(LdmError, match=r"without its image, which guidance.*ldm\.conditioners\.image\.drop_rate"):
+            made.sample({"age": 50.0}, image=image, n=1, guidance_scale=scale, **OPTIONS)
+    other = translating(learned_null=False, learned_nulls=["image"])
+    other.sample({"age": 50.0}, n=1, guidance_scale={"image": 2.0}, **OPTIONS)
+    with pytest.raises(LdmError, match=r"also ask for: age.*ldm\.condition\.drop_rate"):
+        other.sample(image=image, n=1, **OPTIONS)
+
+
+def test_files_that_do_not_name_their_nulls_are_sampled_as_ever():
+    translating().sample(n=1, guidance_scale=2.0, **OPTIONS)
+    translating(learned_null=False).sample({"age": 50.0}, n=1, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("condition", "rate", "missing", "learned"),
+    [
+        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, True, []),
+        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.1}, 0.0, False, ["image"]),
+        ({"mode": "none", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.1, False, ["image"]),
+        ({"mode": "concat", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, False, ["covariates"]),
+        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.0, True, ["covariates"]),
+        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.1}, 0.0, False, ["covariates", "image"]),
+    ],
+)
+def test_a_null_is_learned_by_what_hides_its_conditioner(condition, rate, missing, learned):
+    codes = np.array([[0.1], [np.nan if missing else 0.2]])
+    assert learned_nulls(condition, {"image": {"drop_rate": rate}}, codes) == learned

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ldm.errors import LdmError
 from ldm.training.segmentation_panels import METRIC, Case, SegmentationPanels
 
 
@@ -61,3 +62,12 @@ def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
         assert (run / "model-best.safetensors").is_file() == there
         assert len(panels.scores) == there
     assert (run / "model-best-before.safetensors").read_bytes() == b"of before"
+
+
+@pytest.mark.parametrize("choosing", [{"patience": 2}, {"keep_best": True}])
+@pytest.mark.parametrize("truths", [(), (np.zeros((2, 2)),)])
+def test_without_a_held_out_class_there_is_nothing_to_choose_by(tmp_path, choosing, truths):
+    cases = [Case("a", "a", np.zeros((1, 2, 2)), truth) for truth in truths]
+    SegmentationPanels(tmp_path, cases, 1, 1)
+    with pytest.raises(LdmError, match=f"none of the {len(cases)} held-out images has a class"):
+        SegmentationPanels(tmp_path, cases, 1, 1, **choosing)
