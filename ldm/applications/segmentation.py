@@ -276,7 +276,8 @@ def segment(
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise LdmError(f"{count} subjects are called '{name}'; names of results have to differ.")
-    settle_request(out, {**source.facts, **provenance, "subjects": names}, "*_volumes.json")
+    asked = {record.id: record.images for record in records}  # which file is which image of whom
+    settle_request(out, {**source.facts, **provenance, "images": asked}, "*_volumes.json")
     pending = [record for record in records if not _volumes_file(out, record).is_file()]
     if progress is not None:
         progress(len(records) - len(pending))
@@ -293,8 +294,9 @@ def segment(
             write_result(out, record, in_file_space(ensemble, geometry), source, geometry)
         if progress is not None:
             progress(len(group))
+    table = _write_volumes(out, records)
     write_panel(out, telling(out, records), source)
-    return _write_volumes(out, records)
+    return table
 
 
 def write_result(out: Path, record: Record, result: Result, source: Source, geometry: Geometry) -> None:
