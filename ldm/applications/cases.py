@@ -109,6 +109,7 @@ def folder_records(
     healthy: str,
     masks: Path | None = None,
     table: Path | None = None,
+    out: Path | None = None,
 ) -> list[Record]:
     """Records of the images in a folder: ``NAME.nii.gz`` of one channel, ``NAME_CHANNEL.nii.gz`` of several.
 
@@ -120,13 +121,14 @@ def folder_records(
         masks: folder of ``NAME.nii.gz``, perhaps with an ending of `MASK_ENDINGS`.
         table: ``participant_id`` (NAME), perhaps a column of the target's name, perhaps ``subject``. Without it a case
             is diseased if its mask has a lesion, and a subject of its own.
+        out: of results; where it lies below one of the folders, what is in it are no images and no masks.
 
     Raises:
         LdmError: no image, a case without one of the sequences, a case without mask, or one that the table lacks.
     """
-    files = _channel_files(folder, preprocessing)
+    files = _channel_files(folder, preprocessing, out)
     names = sorted(files)
-    labels = {} if masks is None else _mask_files(masks, names)
+    labels = {} if masks is None else _mask_files(masks, names, out)
     rows = {} if table is None else _rows(table, names)
     records = []
     for name in names:
@@ -149,11 +151,11 @@ def _diseased(target: Covariate, healthy: str) -> str:
     return next(level for level in target.levels if level != healthy)
 
 
-def _channel_files(folder: Path, preprocessing: Preprocessing) -> dict[str, dict[str, Path]]:
+def _channel_files(folder: Path, preprocessing: Preprocessing, out: Path | None) -> dict[str, dict[str, Path]]:
     """Case name -> channel -> file."""
     one_file = len(preprocessing.channels) == 1 or preprocessing.is_rgb
     found: dict[str, dict[str, Path]] = {}
-    for path in _images(folder, preprocessing.spatial_dims):
+    for path in _images(folder, preprocessing.spatial_dims, out):
         stem = _stem(path)
         matches = [name for name in preprocessing.channels if stem.casefold().endswith(f"_{name}".casefold())]
         if one_file:
@@ -186,24 +188,32 @@ def _order(preprocessing: Preprocessing, channels: Mapping[str, Path]) -> list[s
     )
 
 
-def _images(folder: Path, spatial_dims: int) -> list[Path]:
+def _images(folder: Path, spatial_dims: int, out: Path | None) -> list[Path]:
     if not folder.is_dir():
         raise LdmError(f"There is no folder {folder}.")
     legal = NIFTI_SUFFIXES if spatial_dims == 3 else tuple(s for s in SUFFIXES if s != ".npz")
-    files = [path for path in folder.rglob("*") if path.name.lower().endswith(legal) and not path.name.startswith(".")]
-    return sorted(path for path in files if path.is_file())
+    return [path for path in _files_below(folder, out) if path.name.lower().endswith(legal) and path.name[0] != "."]
+
+
+def _files_below(folder: Path, out: Path | None) -> list[Path]:
+    """Sorted files of a folder and all folders below it, but for ``out``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    results = None if out is None else out.resolve()
+    if results is None or folder.resolve() not in results.parents:
+        return files
+    return [path for path in files if results not in path.resolve().parents]
 
 
 def _stem(path: Path) -> str:
     return path.name[:-7] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
-def _mask_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+def _mask_files(folder: Path, names: Sequence[str], out: Path | None) -> dict[str, Path]:
     if not folder.is_dir():
         raise LdmError(f"There is no folder masks={folder}.")
     stems: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name.lower().endswith(SUFFIXES):
+    for path in _files_below(folder, out):
+        if path.name.lower().endswith(SUFFIXES):
             if _stem(path) in stems:
                 raise LdmError(f"masks={folder}: {stems[_stem(path)]} and {path} have one name; leave one of them out.")
             stems[_stem(path)] = path

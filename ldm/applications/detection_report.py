@@ -11,7 +11,7 @@ from ldm.applications.anomaly import DetectionOptions, image_scores, smoothed
 from ldm.applications.detection import Found, maps_of
 from ldm.applications.tuning import reference_of
 from ldm.metrics.detection import detection_metrics
-from ldm.metrics.segmentation import bootstrap
+from ldm.metrics.segmentation import mean_of_patients
 
 #: what is compared, by the array of `Found` that the image is compared with
 METHODS = {"partial_noising": "partial noising", "reconstruction": "first stage's reconstruction"}
@@ -102,11 +102,11 @@ def sanity(founds: Sequence[Found], options: DetectionOptions, diseased: np.ndar
 
 def _of_patients(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[str, Any]:
     """Mean over patients of the mean of their images, with its interval."""
-    return bootstrap([values[subjects == one].mean() for one in np.unique(subjects)], seed=seed)
+    return mean_of_patients([values[subjects == one].mean() for one in np.unique(subjects)], seed=seed)
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The methods as a Markdown table, with intervals."""
+    """The methods as a Markdown table, with intervals; n/a where there is none."""
     columns = [(key, title) for key, title in COLUMNS if any(key in one for one in metrics["methods"].values())]
     lines = ["| method | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, values in metrics["methods"].items():
@@ -119,6 +119,6 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
     if entry["interval"] is None:
-        return f"{entry['value']:.3f}"
+        return f"{entry['value']:.3f} (n/a)"
     low, high = entry["interval"]
     return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"

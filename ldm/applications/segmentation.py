@@ -22,9 +22,10 @@ from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
 from ldm.data.prepare import write_table
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.stacks import Cut
 from ldm.errors import LdmError, nearest
 from ldm.files import write_json, write_npz
-from ldm.model.ensemble import Ensemble, draw_ensembles
+from ldm.model.ensemble import NUMBERS, Ensemble, draw_ensembles
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.provenance import settle_request
 from ldm.model.segmenter import Segmenter
@@ -60,6 +61,11 @@ class Source(ABC):
     unnamed: tuple[int, ...] | None
     split_sha256: str | None
     facts: dict[str, Any]
+
+    @property
+    def joint(self) -> bool:
+        """Whether member m of several images is one draw, as a network is, and their volumes may be added up."""
+        return self.facts["kind"] == "deep ensemble"
 
     @abstractmethod
     def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
@@ -114,6 +120,9 @@ class NetworkSource(Source):
     """Networks of ``ldm train-segmenter``: several are a deep ensemble (Lakshminarayanan et al. 2017), one with dropout
     draws its members with dropout switched on (Gal & Ghahramani 2016), one without is a single member.
 
+    Members are computed one by one: of a volume they need the memory of one, and each is drawn from a seed of its own,
+    so that it is the same however many there are.
+
     Raises:
         LdmError: networks of other classes, channels, preprocessing or splits.
     """
@@ -142,9 +151,14 @@ class NetworkSource(Source):
     def _ensemble(self, array: np.ndarray, name: str) -> Ensemble:
         if not self.dropout:
             return Ensemble(np.concatenate([one.probabilities(array[None]) for one in self.segmenters]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
-            return Ensemble(self.segmenters[0].probabilities(np.repeat(array[None], self.members, 0), dropout=True))
+        return Ensemble(np.concatenate([self._drop(array, name, member) for member in range(self.members)]))
+
+    def _drop(self, array: np.ndarray, name: str, member: int) -> np.ndarray:
+        """Probabilities ``(1, K + 1, *S)`` of one member, by dropout."""
+        (network,) = self.segmenters
+        with torch.random.fork_rng(devices=[network.device] if network.device.type == "cuda" else []):
+            torch.manual_seed(self.seed * NUMBERS + (zlib.crc32(name.encode()) + member) % NUMBERS)
+            return network.probabilities(array[None], dropout=True)
 
 
 # subjects ---------------------------------------------------------------------------------------------
@@ -200,7 +214,7 @@ class Result:
         mean: ``(K, *S)`` mean probability of each class but background.
         variance: ``(*S)``, see :class:`ldm.model.ensemble.Ensemble`.
         entropy: ``(*S)`` nats.
-        spacing: voxel size in mm along the axes; None for pictures and arrays.
+        spacing: voxel size in mm along the axes, and of a slice of a volume across it too; None where it is not known.
     """
 
     labels: np.ndarray
@@ -210,35 +224,58 @@ class Result:
     entropy: np.ndarray
     spacing: tuple[float, ...] | None = None
 
+    @property
+    def voxel(self) -> float:
+        """Volume of a voxel in mm3; 1 pixel where its size is not known."""
+        return 1.0 if self.spacing is None else float(np.prod(self.spacing))
 
-def in_file_space(ensemble: Ensemble, geometry: Geometry) -> Result:
-    """Undo crop, resampling and orientation; what the model did not see is background, and sure of it."""
+
+def slice_spacing(record: Record) -> tuple[float, ...] | None:
+    """:attr:`Result.spacing` of a record's images that are slices of NIfTI files; None of any others."""
+    cut = Cut.of(next(iter(record.images.values())))
+    return None if cut is None else cut.spacing
+
+
+def in_file_space(ensemble: Ensemble, geometry: Geometry, spacing: tuple[float, ...] | None = None) -> Result:
+    """Undo crop, resampling and orientation; what the model did not see is background, and sure of it.
+
+    Args:
+        ensemble: on the model's grid.
+        geometry: the way back.
+        spacing: of a slice, whose geometry does not know it.
+    """
     mean = geometry.undo(ensemble.mean[1:])  # (K, *file)
     members = geometry.undo(ensemble.member_labels, labels=True)  # (M, *file)
     labels = geometry.undo(ensemble.labels[None], labels=True)[0]  # (*file)
     spread = geometry.undo(np.stack([ensemble.variance, ensemble.entropy]))  # (2, *file)
-    affine = geometry.original_affine
-    spacing = None if affine is None else tuple(nib.affines.voxel_sizes(np.array(affine)).tolist())
+    if geometry.original_affine is not None:
+        spacing = tuple(nib.affines.voxel_sizes(np.array(geometry.original_affine)).tolist())
     return Result(labels, members, mean, spread[0], spread[1], spacing)
 
 
 def volumes(result: Result, classes: LabelClasses) -> list[dict[str, Any]]:
     """A row a class: volume of the segmentation, and mean and interval of the members'.
 
-    In mm3, or pixels where the pixel size is not known. The interval is between the 2.5th and 97.5th percentile of the
-    members; with few members that is hardly less than their range.
+    In mm3, or pixels where the pixel size is not known. For the interval see :func:`interval_of`.
     """
-    unit, voxel = ("pixels", 1.0) if result.spacing is None else ("mm3", float(np.prod(result.spacing)))
-    rows = []
+    unit, rows = "pixels" if result.spacing is None else "mm3", []
     for index, name in enumerate(classes.names, 1):
-        members = [float((one == index).sum()) * voxel for one in result.members]
-        low, high = np.percentile(members, INTERVAL)
-        volume = float((result.labels == index).sum()) * voxel
+        members = [float((one == index).sum()) * result.voxel for one in result.members]
+        low, high = interval_of(members)
+        volume = float((result.labels == index).sum()) * result.voxel
         rows.append(
             {"class": name, "volume": volume, "members_mean": float(np.mean(members))}
-            | {"low": float(low), "high": float(high), "unit": unit}
+            | {"low": low, "high": high, "unit": unit}
         )
     return rows
+
+
+def interval_of(members: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """2.5th and 97.5th percentile of members' volumes, with few of them hardly less than their range; None of one."""
+    if len(members) < 2:
+        return None, None
+    low, high = np.percentile(members, INTERVAL)
+    return float(low), float(high)
 
 
 def segment(
@@ -276,7 +313,8 @@ def segment(
     (name, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise LdmError(f"{count} subjects are called '{name}'; names of results have to differ.")
-    settle_request(out, {**source.facts, **provenance, "subjects": names}, "*_volumes.json")
+    asked = {record.id: record.images for record in records}  # which file is which image of whom
+    settle_request(out, {**source.facts, **provenance, "images": asked}, "*_volumes.json")
     pending = [record for record in records if not _volumes_file(out, record).is_file()]
     if progress is not None:
         progress(len(records) - len(pending))
@@ -290,11 +328,13 @@ def segment(
                 )
         ensembles = source.ensembles([array for array, _ in loaded], [record.id for record in group])
         for record, (_, geometry), ensemble in zip(group, loaded, ensembles, strict=True):
-            write_result(out, record, in_file_space(ensemble, geometry), source, geometry)
+            result = in_file_space(ensemble, geometry, slice_spacing(record))
+            write_result(out, record, result, source, geometry)
         if progress is not None:
             progress(len(group))
+    table = write_volumes(out / TABLE, [row for record in records for row in _read_volumes(out, record)])
     write_panel(out, telling(out, records), source)
-    return _write_volumes(out, records)
+    return table
 
 
 def write_result(out: Path, record: Record, result: Result, source: Source, geometry: Geometry) -> None:
@@ -324,7 +364,7 @@ def read_result(out: Path, record: Record, source: Source) -> Result:
     if source.preprocessing.spatial_dims == 2:
         stored = images.read(out / f"{record.id}_dseg.png", spatial_dims=2).array[0]
         with np.load(out / f"{record.id}.npz", allow_pickle=False) as file:
-            arrays, spacing = dict(file), None
+            arrays, spacing = dict(file), slice_spacing(record)
     else:
         dseg = images.read(out / f"{record.id}_dseg.nii.gz")
         names = ("mean", "variance", "entropy", "members")
@@ -346,7 +386,7 @@ def telling(out: Path, records: Sequence[Record]) -> list[Record]:
 
     The first rows of a table of slices are often all healthy. Classes are added up: a large organ outweighs a lesion.
     """
-    found = [sum(row["members_mean"] for row in json.loads(_volumes_file(out, one).read_text())) for one in records]
+    found = [sum(row["members_mean"] for row in _read_volumes(out, one)) for one in records]
     order = sorted(range(len(records)), key=lambda index: -found[index])
     some = [index for index in order if found[index] > 0]
     count = min(SHOWN, len(some))
@@ -371,14 +411,19 @@ def _volumes_file(out: Path, record: Record) -> Path:
     return out / f"{record.id}_volumes.json"
 
 
-def _write_volumes(out: Path, records: Sequence[Record]) -> Path:
-    rows = []
-    for record in records:
-        for row in json.loads(_volumes_file(out, record).read_text()):
-            full = {"participant_id": record.id, **row}
-            rows.append([f"{v:.6g}" if isinstance(v := full[column], float) else v for column in COLUMNS])
-    write_table(out / TABLE, COLUMNS, rows)
-    return out / TABLE
+def _read_volumes(out: Path, record: Record) -> list[dict[str, Any]]:
+    rows = json.loads(_volumes_file(out, record).read_text())
+    return [{"participant_id": record.id, **row} for row in rows]
+
+
+def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows of :func:`volumes`, with ``participant_id``, as a table; n/a where there is no interval."""
+
+    def cell(value: str | float | None) -> str:
+        return "n/a" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+    write_table(path, COLUMNS, [[cell(row[column]) for column in COLUMNS] for row in rows])
+    return path
 
 
 def _nifti(array: np.ndarray, geometry: Geometry) -> nib.Nifti1Image:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.applications.segmentation import Result, Source, read_result, read_truth
+from ldm.applications.segmentation import Result, Source, interval_of, read_result, read_truth
 from ldm.data.draft import Record
 from ldm.metrics import segmentation as measures
 
@@ -29,7 +29,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what :func:`ldm.applications.segmentation.segment` wrote against the label maps, in the files' space.
 
-    All images of a patient count as one volume; only surface distances are measured image by image and averaged.
+    All images of a patient count as one volume; only surface and energy distances are measured image by image and
+    averaged. Whether a volume lies between the members' is asked only where a member is one draw over all images.
     Overlap is that of patients who have the class: one without it would earn 1 for every empty answer, and is asked
     only whether something was found (``false_volume``). Calibration is that of "any class" against background; its
     region is where some member has a class, which is known without the truth.
@@ -48,12 +49,13 @@ def evaluate(
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.subject].append(record)
-    patients, everywhere, region = [], [], []
+    patients, everywhere, region, units = [], [], [], set()
     for subject, own in groups.items():
         results = [read_result(out, record, source) for record in own]
         truths = [read_truth(record, source) for record in own]
         seen = [_through_the_grid(record, source) for record in own]
-        patient, bins = measure_patient(results, truths, seen, source.classes.names)
+        patient, bins = measure_patient(results, truths, seen, source.classes.names, source.joint)
+        units |= {"pixels" if result.spacing is None else "mm" for result in results}
         patients.append({"subject": subject, "images": len(own), **patient})
         everywhere.append(bins["everywhere"])
         region.append(bins["region"])
@@ -65,7 +67,7 @@ def evaluate(
             "classes": {name: list(values) for name, values in source.classes.values.items()},
             "images": len(records),
             "patients": len(groups),
-            "unit": "pixels" if results[0].spacing is None else "mm",
+            "unit": " or ".join(sorted(units)),
             "split": split,
             "split_sha256": None if split is None else source.split_sha256,
         },
@@ -76,7 +78,11 @@ def evaluate(
 
 
 def measure_patient(
-    results: Sequence[Result], truths: Sequence[np.ndarray], seen: Sequence[np.ndarray], classes: Sequence[str]
+    results: Sequence[Result],
+    truths: Sequence[np.ndarray],
+    seen: Sequence[np.ndarray],
+    classes: Sequence[str],
+    joint: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Numbers of one patient, and the bins of the reliability diagram.
 
@@ -85,16 +91,17 @@ def measure_patient(
         truths: class indices ``(*S)`` of each.
         seen: the same as a perfect answer on the model's grid would be written.
         classes: names of 1, 2, ...
+        joint: whether member m of all images is one draw; of a single image it is anyway.
     """
-    labels, truth, ceiling = (_flat(arrays) for arrays in ([r.labels for r in results], truths, seen))
+    labels, truth = _flat([r.labels for r in results]), _flat(truths)
     members = np.concatenate([r.members.reshape(len(r.members), -1) for r in results], axis=1)  # (M, V)
     probability = np.clip(_flat([r.mean.sum(0) for r in results]), 0, 1)
     variance = _flat([r.variance for r in results])
-    voxel = float(np.prod(results[0].spacing)) if results[0].spacing else 1.0
-    of_classes = {}
-    for index, name in enumerate(classes, 1):
-        masks = (labels == index, truth == index, members == index, ceiling == index)
-        of_classes[name] = _measure_class(*masks, voxel) | _surfaces(results, truths, index)
+    joint = joint or len(results) == 1
+    of_classes = {
+        name: _measure_class(results, truths, seen, index, joint) | _surfaces(results, truths, index)
+        for index, name in enumerate(classes, 1)
+    }
     inside, region = truth > 0, (members > 0).any(0)
     bins = {
         "everywhere": measures.reliability(probability, inside),
@@ -114,38 +121,50 @@ def measure_patient(
 
 
 def _measure_class(
-    found: np.ndarray, true: np.ndarray, each: np.ndarray, ceiling: np.ndarray, voxel: float
+    results: Sequence[Result], truths: Sequence[np.ndarray], seen: Sequence[np.ndarray], index: int, joint: bool
 ) -> dict[str, Any]:
-    """Overlap and volume where the patient has the class; without it what was found instead.
+    """Overlap and volume of class ``index`` where the patient has it; without it what was found instead.
 
-    Args:
-        found, true, ceiling: masks ``(V,)``.
-        each: of the members ``(M, V)``.
-        voxel: volume of one.
+    The energy distance is that of an image, averaged over the patient's: whole patients would need members that are
+    one draw. The interval of their volumes does need them; where there is none, NaN says so.
     """
-    dice = measures.dice(found, true)
-    if not true.any():
-        return {"present": False, "dice_or_empty": dice, "false_volume": float(found.sum()) * voxel}
-    low, high = np.percentile(each.sum(1), (2.5, 97.5))
+    found, true, ceiling = ([one == index for one in arrays] for arrays in ([r.labels for r in results], truths, seen))
+    overlap, volume = measures.dice(_flat(found), _flat(true)), _volume(found, results)
+    if not any(one.any() for one in true):
+        return {"present": False, "dice_or_empty": overlap, "false_volume": volume}
+    each = [result.members == index for result in results]  # (M, *S) of an image
+    members = list(zip(*each, strict=True))  # of each its masks of all images
+    of_members = [measures.dice(_flat(one), _flat(true)) for one in members]
+    low, high = interval_of([_volume(one, results) for one in members]) if joint else (None, None)
+    distances = [measures.generalised_energy_distance(list(e), [t]) for e, t in zip(each, true, strict=True)]
+    true_volume = _volume(true, results)
     return {
         "present": True,
-        "dice": dice,
-        "dice_or_empty": dice,
-        "jaccard": measures.jaccard(found, true),
-        "ged": measures.generalised_energy_distance(list(each), [true]),
-        "dice_of_members": (of_members := [measures.dice(one, true) for one in each]),
+        "dice": overlap,
+        "dice_or_empty": overlap,
+        "jaccard": measures.jaccard(_flat(found), _flat(true)),
+        "ged": float(np.mean(distances)),
+        "dice_of_members": of_members,
         "member_dice": float(np.mean(of_members)),
-        "ceiling": measures.dice(ceiling, true),
-        "volume": float(found.sum()) * voxel,
-        "true_volume": float(true.sum()) * voxel,
-        "volume_error": (float(found.sum()) - float(true.sum())) * voxel,
-        "in_interval": float(low <= true.sum() <= high),
+        "ceiling": measures.dice(_flat(ceiling), _flat(true)),
+        "volume": volume,
+        "true_volume": true_volume,
+        "volume_error": volume - true_volume,
+        "in_interval": float("nan") if low is None else float(low <= true_volume <= high),
     }
+
+
+def _volume(masks: Sequence[np.ndarray], results: Sequence[Result]) -> float:
+    """Volume of a patient's masks, one an image, each with the voxels of its own image."""
+    return sum(float(mask.sum()) * result.voxel for mask, result in zip(masks, results, strict=True))
 
 
 def _surfaces(results: Sequence[Result], truths: Sequence[np.ndarray], index: int) -> dict[str, Any]:
     """Mean distance over images in which both masks have a surface, and the number of those in which only one has."""
-    pairs = [(r.labels == index, t == index, r.spacing) for r, t in zip(results, truths, strict=True)]
+    pairs = [
+        (r.labels == index, t == index, None if r.spacing is None else r.spacing[: t.ndim])
+        for r, t in zip(results, truths, strict=True)
+    ]
     distances = [measures.hd95(*pair) for pair in pairs]
     known = [one for one in distances if np.isfinite(one)]
     return {
@@ -186,16 +205,16 @@ def summarise(patients: Sequence[Mapping[str, Any]], classes: Sequence[str], see
         rows = [patient["classes"][name] for patient in patients]
         absent = [row["false_volume"] for row in rows if not row["present"]]
         per_class[name] = {
-            measure: measures.bootstrap([row[measure] for row in rows if row["present"]], seed=seed)
+            measure: measures.mean_of_patients([row[measure] for row in rows if row["present"]], seed=seed)
             for measure in WHERE_PRESENT
         } | {
-            "dice_or_empty": measures.bootstrap([row["dice_or_empty"] for row in rows], seed=seed),
-            "false_volume": measures.bootstrap(absent, seed=seed),
-            "false_positives": measures.bootstrap([float(volume > 0) for volume in absent], seed=seed),
+            "dice_or_empty": measures.mean_of_patients([row["dice_or_empty"] for row in rows], seed=seed),
+            "false_volume": measures.mean_of_patients(absent, seed=seed),
+            "false_positives": measures.mean_of_patients([float(volume > 0) for volume in absent], seed=seed),
             "one_surface": sum(row["one_surface"] for row in rows),
         }
     return {"classes": per_class} | {
-        name: measures.bootstrap([patient[name] for patient in patients], seed=seed) for name in PER_PATIENT
+        name: measures.mean_of_patients([patient[name] for patient in patients], seed=seed) for name in PER_PATIENT
     }
 
 
@@ -219,7 +238,7 @@ def calibrate(
         ),
         "spearman_of_patients": measures.clustered_spearman([[(p["uncertainty"], p["error"])] for p in ill], seed),
         "rejected_share": list(measures.SHARES),
-        "rejection_dice": [measures.bootstrap(column, seed=seed) for column in curves.T],
+        "rejection_dice": [measures.mean_of_patients(column, seed=seed) for column in curves.T],
     }
 
 
@@ -232,7 +251,7 @@ def paired_difference(metrics: Mapping[str, Any], other: Mapping[str, Any], seed
     """
     pairs = list(zip(metrics["patients"], other["patients"], strict=True))
     return {
-        name: measures.bootstrap(
+        name: measures.mean_of_patients(
             [
                 one["classes"][name]["dice"] - two["classes"][name]["dice"]
                 for one, two in pairs

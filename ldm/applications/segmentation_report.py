@@ -30,31 +30,38 @@ WORDS = {
 }
 
 
-def beside(folders: Mapping[str, str], metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Evaluations of other folders, to stand in the same table.
+def read_others(folders: Mapping[str, str], kind: str) -> dict[str, Mapping[str, Any]]:
+    """Evaluations of other folders, to stand beside one of a source of this kind.
 
     Raises:
-        LdmError: a folder without one, or of other patients or classes; a name that is this evaluation's own.
+        LdmError: a folder without one, or a name that is this evaluation's own.
     """
     others = {}
     for name, folder in folders.items():
-        if name == metrics["protocol"]["kind"]:
+        if name == kind:
             raise LdmError(f"beside.{name}: '{name}' is what this evaluation is called; give the other another name.")
         path = Path(folder) / METRICS
         if not path.is_file():
             raise LdmError(f"beside.{name}: there is no {path}; run ldm segment evaluate=true out={folder} first.")
         others[name] = _nan_for_null(json.loads(path.read_text()))
-        if _about(others[name]) != _about(metrics):
-            raise LdmError(
-                f"beside.{name}: {path} is about other patients, images or classes; they cannot be compared."
-            )
     return others
+
+
+def expect_comparable(others: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Refuse to put evaluations of different things into one table.
+
+    Raises:
+        LdmError: other patients, images or classes, or another unit.
+    """
+    for name, other in others.items():
+        if _about(other) != _about(metrics):
+            raise LdmError(f"beside.{name} is about other patients, images, classes or units; they cannot be compared.")
 
 
 def _about(metrics: Mapping[str, Any]) -> list[Any]:
     try:
         patients = [(p["subject"], p["images"], p["has_any"]) for p in metrics["patients"]]
-        return [metrics["protocol"]["classes"], patients]
+        return [metrics["protocol"]["classes"], metrics["protocol"]["unit"], patients]
     except (KeyError, TypeError):
         return []
 
@@ -69,8 +76,9 @@ def null_for_nan(value: Any) -> Any:
 
 
 def _nan_for_null(value: Any) -> Any:
+    """Null as a number that is none; an ``interval`` may be missing as a whole."""
     if isinstance(value, Mapping):
-        return {name: _nan_for_null(one) for name, one in value.items()}
+        return {name: None if one is None and name == "interval" else _nan_for_null(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_nan_for_null(one) for one in value]
     return math.nan if value is None else value
@@ -105,6 +113,7 @@ def report(out: Path, metrics: Mapping[str, Any], others: Mapping[str, Mapping[s
     )
     pictures = {"panel": out / PANEL, "reliability": folder / "reliability.png", "rejection": folder / "rejection.png"}
     told = {"shown": shown, "differences": differences(metrics, others), "verdict": verdict(metrics, others)}
+    told |= {"number": number, "interval": interval}
     return write_page(out / REPORT, "segmentation.html", pictures, metrics=metrics, words=WORDS, **told)
 
 
@@ -121,7 +130,7 @@ def verdict(metrics: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
             dice, member = values["dice"], values["member_dice"]
             lines.append(
                 f"{name}, {label}: Dice {_with_interval(dice)} over the {dice['n']} patients who have it; a single "
-                f"member {member['value']:.3f}."
+                f"member {number(member['value'], '.3f')}."
             )
         told = one["calibration"]["spearman_of_images"]
         lines.append(f"{name}: uncertainty and error of {told['n']} images go together by {_with_interval(told)}.")
@@ -132,6 +141,16 @@ def verdict(metrics: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     return lines
 
 
+def number(value: float, form: str = ".3g") -> str:
+    """A number as text, n/a where there is none."""
+    return f"{value:{form}}" if math.isfinite(value) else "n/a"
+
+
+def interval(entry: Mapping[str, Any], form: str = ".3g") -> str:
+    """The interval of a number as text, n/a where there is none."""
+    ends = entry["interval"] or (math.nan, math.nan)
+    return " to ".join(number(end, form) for end in ends) if all(map(math.isfinite, ends)) else "n/a"
+
+
 def _with_interval(entry: Mapping[str, Any], form: str = ".3f") -> str:
-    low, high = entry["interval"]
-    return f"{entry['value']:{form}} (95 %: {low:{form}} to {high:{form}})"
+    return f"{number(entry['value'], form)} (95 %: {interval(entry, form)})"

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.applications.segmentation import COLUMNS, Result, Source, read_result, volumes
+from ldm.applications.segmentation import Result, Source, read_result, volumes, write_volumes
 from ldm.data import images
 from ldm.data.draft import Record
-from ldm.data.prepare import write_table
 from ldm.data.stacks import Cut, put_back
 
 FOLDER, TABLE = "stacked", "volumes.tsv"
@@ -39,12 +38,11 @@ def stack_results(out: Path, records: Sequence[Record], source: Source) -> Path 
     for name, (cut, stack) in named_stacks(records).items():
         results = {index: read_result(out, record, source) for index, record in stack.items()}
         whole = _write_stack(out / FOLDER, name, cut, results, source)
-        unknown = {} if source.facts["kind"] == "deep ensemble" else {"low": "n/a", "high": "n/a"}
+        unknown = {} if source.joint else {"low": None, "high": None}
         rows += [{"participant_id": name, **row, **unknown} for row in volumes(whole, source.classes)]
     if not rows:
         return None
-    table = [[f"{v:.6g}" if isinstance(v := row[column], float) else v for column in COLUMNS] for row in rows]
-    write_table(out / FOLDER / TABLE, COLUMNS, table)
+    write_volumes(out / FOLDER / TABLE, rows)
     return out / FOLDER
 
 
@@ -88,5 +86,4 @@ def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result
         images.write(folder / f"{name}_{part}.nii.gz", put_back(cut.path, cut.plane, slices, fill))
     labels = np.stack([one.labels for one in results.values()])  # (N, H, W)
     members = np.stack([one.members for one in results.values()], 1)  # (M, N, H, W)
-    spacing = tuple(images.read_header(cut.path).facts["spacing"])
-    return Result(labels, members, *[np.empty(0)] * 3, spacing)
+    return Result(labels, members, *[np.empty(0)] * 3, cut.spacing)

@@ -33,7 +33,7 @@ from ldm.commands.sample import load_model
 from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json, write_text
-from ldm.metrics.detection import dice
+from ldm.metrics.segmentation import dice
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.provenance import settle_request
 from ldm.training import figures

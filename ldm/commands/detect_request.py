@@ -123,7 +123,8 @@ def find_images(
     target, healthy = detector.target, detector.healthy
     if config.images is not None:
         files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
-        records = folder_records(Path(config.images), model.preprocessing, target, healthy, *files)
+        folder, out = Path(config.images), Path(config.run_dir)
+        records = folder_records(folder, model.preprocessing, target, healthy, *files, out)
         return Images(records, Truth(target, healthy))
     for name in ("masks", "table"):
         if config[name] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,19 @@ from ldm.applications.segmentation import (
     segment,
 )
 from ldm.applications.segmentation_evaluation import evaluate
-from ldm.applications.segmentation_report import METRICS, beside, differences, null_for_nan, report, verdict
+from ldm.applications.segmentation_report import (
+    METRICS,
+    differences,
+    expect_comparable,
+    null_for_nan,
+    read_others,
+    report,
+    verdict,
+)
 from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
-from ldm.commands.stages import cohort_datamodule, prepared
+from ldm.commands.stages import cohort_alone
 from ldm.data.draft import Record
 from ldm.data.images import split_reference
 from ldm.errors import LdmError
@@ -46,6 +54,7 @@ def run(config: DictConfig) -> Path:
     check_counts(config, "members", "batch_size")
     check_settings(config)
     source = find_source(config)
+    others = read_others(config.beside or {}, source.facts["kind"]) if config.evaluate else {}
     if config.images is None:
         records = cohort_records(config, source)
     else:
@@ -65,7 +74,7 @@ def run(config: DictConfig) -> Path:
     if stacked is not None:
         logger.info("The slices, put back into volumes: %s", stacked)
     if config.evaluate:
-        measure(config, source, records, out)
+        measure(config, source, records, out, others)
     return table
 
 
@@ -84,8 +93,10 @@ def check_settings(config: DictConfig) -> None:
             raise LdmError(f"{name} goes with {goes_with}, and has no meaning here; leave it out.")
 
 
-def measure(config: DictConfig, source: Source, records: Sequence[Record], out: Path) -> None:
-    """Write ``metrics.json`` and ``report.html``, other evaluations of ``beside`` in the same table."""
+def measure(
+    config: DictConfig, source: Source, records: Sequence[Record], out: Path, others: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write ``metrics.json`` and ``report.html``, the other evaluations in the same table."""
     split = None if config.images is not None else config.split or records[0].split
     if split in ("train", "all"):
         logger.warning(
@@ -94,7 +105,7 @@ def measure(config: DictConfig, source: Source, records: Sequence[Record], out: 
     with Progress() as bar:
         task = bar.add_task("measuring", total=len({record.subject for record in records}))
         metrics = evaluate(source, records, out, split, config.seed, lambda count: bar.advance(task, count))
-    others = beside(plain(config.beside), metrics) if config.beside else {}
+    expect_comparable(others, metrics)
     metrics["differences"] = differences(metrics, others)
     write_json(out / METRICS, null_for_nan(metrics))
     page = report(out, metrics, others)
@@ -115,18 +126,19 @@ def find_source(config: DictConfig) -> Source:
         raise LdmError("model is an empty list; name one model file or several networks.")
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if kinds == {NETWORK}:
         for name in ("steps", "sampler", "eta"):
             if config[name] is not None:
                 raise LdmError(f"{name} is for diffusion models; {paths[0]} is a network of ldm train-segmenter.")
         sha256 = [header["tensors_sha256"] for header in headers]
-        return NetworkSource([Segmenter.load(path) for path in paths], sha256, config.members, config.seed)
+        networks = [Segmenter.load(path, device) for path in paths]
+        return NetworkSource(networks, sha256, config.members, config.seed)
     if kinds != {DIFFUSION} or len(paths) > 1:
         raise LdmError(
             f"model={config.model}: legal is one model of ldm train-ldm ldm=segmentation, or one or several networks "
             "of ldm train-segmenter."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LatentDiffusionModel.load(paths[0], device)
     options = sampling_options(config)
     return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
@@ -174,7 +186,7 @@ def cohort_records(config: DictConfig, source: Source) -> list[Record]:
     """
     if config.split not in (None, *SPLITS):
         raise LdmError(f"split is '{config.split}'; legal: {', '.join(SPLITS)}.")
-    cohort = prepared(cohort_datamodule(config)).cohort
+    cohort = cohort_alone(config)
     if cohort.split_hash != source.split_sha256:
         raise LdmError(
             f"model={config.model} was trained on another split of the cohort than data.split gives now: its training "

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from ldm.commands.run import plain
 from ldm.commands.safe import build
+from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.model.build import build_first_stage
@@ -27,15 +28,24 @@ def cohort_datamodule(config: DictConfig, batch_size: int = 1, patch_size: Any =
 
     Prepared arrays go beside the runs unless ``data.cache_dir`` says otherwise: a data folder is often read-only.
     """
-    data = plain(config.data)
-    data["cache_dir"] = data["cache_dir"] or str(Path(config.runs_dir) / data["name"] / "cache")
     return CohortDataModule(
-        data,
+        data_section(config),
         multiple=grid_multiple(config),
         batch_size=batch_size,
         seed=config.seed,
         patch_size=patch_size,
     )
+
+
+def cohort_alone(config: DictConfig) -> Cohort:
+    """The checked cohort for those who want its records alone: no images are prepared, and no networks have to fit."""
+    return prepared(CohortDataModule({**data_section(config), "cache": False}, multiple=1, seed=config.seed)).cohort
+
+
+def data_section(config: DictConfig) -> dict[str, Any]:
+    """The ``data`` section, plain, with the folder of prepared arrays."""
+    data = plain(config.data)
+    return {**data, "cache_dir": data["cache_dir"] or str(Path(config.runs_dir) / data["name"] / "cache")}
 
 
 def grid_multiple(config: DictConfig) -> int:

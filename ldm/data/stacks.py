@@ -30,6 +30,18 @@ class Cut:
             return None
         return cls(path, match[1], int(match[2]))
 
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the slice's rows and columns, from row to row first, and across it.
+
+        Raises:
+            LdmError: the file cannot be read.
+        """
+        header, axis = read_header(self.path), PLANES[self.plane]
+        sizes = np.array(header.facts["spacing"])[_ras_order(header.affine)]  # of left-right, back-front, feet-head
+        first, second = (sizes[other] for other in range(3) if other != axis)
+        return float(second), float(first), float(sizes[axis])  # images.read turns the second axis upright
+
 
 def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float = 0.0) -> nib.Nifti1Image:
     """A volume on the grid of the file that slices were cut from, with the slices in their places.
@@ -45,7 +57,7 @@ def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: flo
     """
     header, first = read_header(path), next(iter(slices.values()))
     orientation, axis = nib.io_orientation(header.affine), PLANES[plane]
-    shape = tuple(header.shape[1:][stored] for stored in np.argsort(orientation[:, 0]))  # along left, back, feet first
+    shape = tuple(header.shape[1:][stored] for stored in _ras_order(header.affine))  # along left, back, feet first
     ras = np.full((len(first), *shape), fill, first.dtype)  # (C, *RAS)
     for index, one in slices.items():
         ras[(slice(None), *(index if i == axis else slice(None) for i in range(3)))] = np.rot90(one, -1, axes=(1, 2))
@@ -57,3 +69,8 @@ def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: flo
     image.set_qform(header.affine, code=code)
     image.header.set_xyzt_units("mm")
     return image
+
+
+def _ras_order(affine: np.ndarray) -> np.ndarray:
+    """Which stored axis runs from left to right, from back to front, from feet to head."""
+    return np.argsort(nib.io_orientation(affine)[:, 0])

@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ldm.errors import LdmError
+from ldm.metrics.segmentation import dice
 
 LEVELS = 1024  # of lesions and of the rest, each, that curves over many voxels are drawn with
 
@@ -43,12 +44,6 @@ class Reference:
     def owners(self) -> np.ndarray:
         """Number of each image's patient, ``(N,)``."""
         return np.unique(np.asarray(self.subjects), return_inverse=True)[1]
-
-
-def dice(found: np.ndarray, truth: np.ndarray) -> float:
-    """``2 |A and B| / (|A| + |B|)`` of two masks; 1 if both are empty (Dice 1945)."""
-    total = int(found.sum()) + int(truth.sum())
-    return 1.0 if total == 0 else 2 * int((found & truth).sum()) / total
 
 
 def best_threshold(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
@@ -92,20 +87,22 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
     return float(edges[tied + 1].mean())
 
 
-def bootstrap(
+def interval_over_patients(
     statistic: Callable[[np.ndarray], float], patients: int, resamples: int = 500, seed: int = 0
 ) -> list[float] | None:
-    """95 % percentile interval over patients (Efron & Tibshirani 1993, chapter 13); None where no draw defines it.
+    """95 % percentile interval over patients (Efron & Tibshirani 1993, chapter 13).
+
+    None where the statistic hangs on one patient, without whom it is not defined: draws of one tell of no spread.
 
     Args:
         statistic: of how often each patient is drawn, ``(patients,)``; NaN where it is not defined.
         patients: how many there are.
         resamples, seed: draws of as many patients, with replacement.
     """
+    if any(np.isnan(statistic(others)) for others in 1 - np.eye(patients, dtype=np.int64)):
+        return None
     rng = np.random.default_rng(seed)
     values = [statistic(rng.multinomial(patients, np.full(patients, 1 / patients))) for _ in range(resamples)]
-    if np.isnan(values).all():
-        return None
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
 
 
@@ -117,7 +114,7 @@ def detection_metrics(
     resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """All numbers of one method, each with ``value`` and ``interval``.
+    """All numbers of one method, each with ``value`` and ``interval``, None where there is none.
 
     ``image_auroc``, ``image_auprc``: of ``scores``. With masks: ``pixel_auroc``, ``pixel_auprc`` over all voxels of all
     images; ``dice_otsu``: mean over diseased images with Otsu's threshold of each. With a threshold:
@@ -131,7 +128,7 @@ def detection_metrics(
         scores: ``(N,)``, larger for the diseased.
         reference: of the same images.
         threshold: of the maps, chosen on other images; None where there is none.
-        resamples, seed: see `bootstrap`.
+        resamples, seed: see `interval_over_patients`.
     """
     owners = reference.owners()
     patients = int(owners.max()) + 1
@@ -140,7 +137,7 @@ def detection_metrics(
         statistics |= _voxel_statistics(maps, reference, threshold, owners)
     everyone = np.ones(patients, np.int64)
     result = {
-        name: {"value": float(one(everyone)), "interval": bootstrap(one, patients, resamples, seed)}
+        name: {"value": float(one(everyone)), "interval": interval_over_patients(one, patients, resamples, seed)}
         for name, one in statistics.items()
     }
     if reference.masks is not None:

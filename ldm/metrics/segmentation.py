@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def clustered_spearman(
     groups: Sequence[Sequence[tuple[float, float]]], seed: int = 0, resamples: int = 2000
-) -> dict[str, float | list[float] | int]:
+) -> dict[str, float | list[float] | int | None]:
     """Rank correlation of pairs, with a 95 % bootstrap interval over the groups that they come in.
 
     Args:
@@ -123,19 +123,19 @@ def clustered_spearman(
         seed, resamples: of the bootstrap; a draw in which one side is constant is left out.
 
     Returns:
-        ``value``, ``interval`` and ``n``, the number of pairs.
+        ``value``, NaN where there is none; ``interval``, None of fewer than two patients; ``n``, the number of pairs.
     """
     arrays = [np.array(group, np.float64) for group in groups if len(group)]  # (n_i, 2)
-    if not arrays:
-        return {"value": float("nan"), "interval": [float("nan")] * 2, "n": 0}
-    pairs, random = np.concatenate(arrays), np.random.default_rng(seed)
+    pairs, random = np.concatenate([np.empty((0, 2)), *arrays]), np.random.default_rng(seed)
+    found = {"value": spearman(*pairs.T), "interval": None, "n": len(pairs)}
+    if len(arrays) < 2:
+        return found
     draws = (
         np.concatenate([arrays[i] for i in random.integers(len(arrays), size=len(arrays))]) for _ in range(resamples)
     )
     values = np.array([spearman(*draw.T) for draw in draws])
     known = values[np.isfinite(values)]
-    interval = np.percentile(known, [2.5, 97.5]).tolist() if len(known) else [float("nan")] * 2
-    return {"value": spearman(*pairs.T), "interval": interval, "n": len(pairs)}
+    return found | {"interval": np.percentile(known, [2.5, 97.5]).tolist() if len(known) else None}
 
 
 def rejection_curve(
@@ -163,25 +163,25 @@ def rejection_curve(
     ]
 
 
-def bootstrap(
-    values: Sequence[float],
-    statistic: Callable[..., np.ndarray] = np.mean,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> dict[str, float | list[float] | int]:
-    """A statistic over patients with its 95 % percentile interval (Efron & Tibshirani 1993, chapter 13).
+def mean_of_patients(
+    values: Sequence[float], seed: int = 0, resamples: int = 2000
+) -> dict[str, float | list[float] | int | None]:
+    """Mean over patients with its 95 % percentile interval (Efron & Tibshirani 1993, chapter 13).
 
     Args:
         values: one a patient; NaN are left out.
-        statistic: function of an array and ``axis``.
+        seed, resamples: of the bootstrap.
+
+    Returns:
+        ``value``, NaN of no patient; ``interval``, None of fewer than two, whose spread nobody knows; ``n`` patients.
     """
     array = np.asarray(values, np.float64)
     array = array[np.isfinite(array)]
-    if not len(array):
-        return {"value": float("nan"), "interval": [float("nan")] * 2, "n": 0}
+    found = {"value": float(array.mean()) if len(array) else float("nan"), "interval": None, "n": len(array)}
+    if len(array) < 2:
+        return found
     drawn = array[np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))]  # (R, N)
-    interval = np.percentile(statistic(drawn, axis=1), [2.5, 97.5])
-    return {"value": float(statistic(array, axis=0)), "interval": interval.tolist(), "n": len(array)}
+    return found | {"interval": np.percentile(drawn.mean(1), [2.5, 97.5]).tolist()}
 
 
 def _expect_alike(first: np.ndarray, second: np.ndarray) -> None:

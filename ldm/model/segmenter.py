@@ -77,6 +77,11 @@ class Segmenter(TrainedNetwork):
             "preprocessing": Preprocessing.from_dict(header["preprocessing"]),
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and images are brought to."""
+        return next(self.network.parameters(), torch.empty(0)).device
+
     @torch.no_grad()
     def probabilities(self, images: np.ndarray, dropout: bool = False) -> np.ndarray:
         """Probabilities of classes ``(B, K, *S)`` float32 of preprocessed images ``(B, C, *S)``.
@@ -86,20 +91,20 @@ class Segmenter(TrainedNetwork):
         layers = [one for one in self.network.modules() if isinstance(one, nn.modules.dropout._DropoutNd)]
         for layer in layers:
             layer.training = dropout
-        x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))  # (B, C, *S)
+        x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)).to(self.device)  # (B, C, *S)
         with autocast(x.device):
             scores = self.network(x)  # (B, K, *S)
         for layer in layers:
             layer.training = False
-        return scores.float().softmax(1).numpy()
+        return scores.float().softmax(1).cpu().numpy()
 
     @torch.no_grad()
     def segment(self, image: np.ndarray) -> np.ndarray:
         """Class indices ``(*S)`` uint8 of a preprocessed image ``(C, *S)``."""
-        x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None]
+        x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None].to(self.device)  # (1, C, *S)
         with autocast(x.device):
             scores = self.network(x)  # (1, K, *S)
-        return scores[0].float().argmax(0).to(torch.uint8).numpy()
+        return scores[0].float().argmax(0).to(torch.uint8).cpu().numpy()
 
     def volumes(self, image: np.ndarray) -> dict[str, float]:
         """Volume of every class in mm3 (2-D: area in pixels) in a preprocessed image ``(C, *S)``."""

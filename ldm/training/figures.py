@@ -207,30 +207,33 @@ def lines(
     return _save(figure, path)
 
 
-def segmentation_panel(rows: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], path: Path) -> Path:
+def segmentation_panel(rows: Sequence[Mapping[str, np.ndarray | None]], names: Sequence[str], path: Path) -> Path:
     """A row an image, a column each of what is known of it.
 
     Args:
-        rows: title of the column -> ``(*S)``; the same columns in every row. Label maps (``truth``, ``segmentation``)
-            in colours, ``mean`` from 0 to 1, ``variance`` up to the 0.25 of two opposite halves, others as they are.
+        rows: title of the column -> ``(*S)``; the same columns in every row. None leaves a place empty, and a column
+            that has nothing else is left out. Label maps (``truth``, ``segmentation``) in colours, ``mean`` from 0 to
+            1, ``variance`` up to the 0.25 of two opposite halves, others as they are.
         names: one a row.
     """
     limits = {"mean": (0.0, 1.0), "variance": (0.0, 0.25)}
-    columns = list(rows[0])
+    columns = [title for title in rows[0] if any(row[title] is not None for row in rows)]
     first = _strip(next(iter(rows[0].values())))
     width = 1.5 * first.shape[1] / first.shape[0]
     figure = Figure(figsize=(width * len(columns), 1.7 * len(rows)))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, row, name in zip(axes, rows, names, strict=True):
         for axis, title in zip(line, columns, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row[title] is None:
+                continue
             labels = title in ("truth", "segmentation")
             low, high = (0, 9) if labels else limits.get(title, (None, None))
             colours = "tab10" if labels else "magma" if title == "variance" else "gray"
             shown = _strip(row[title])
             axis.imshow(np.ma.masked_equal(shown, 0) if labels else shown, cmap=colours, vmin=low, vmax=high)
             axis.set_facecolor("black")
-            axis.set_xticks([])
-            axis.set_yticks([])
         line[0].set_ylabel(name[-24:], fontsize=5)
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=8)

@@ -160,8 +160,7 @@ def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequ
 
 def panel_row(
     given: Sequence[np.ndarray], truth: np.ndarray | None, labels: np.ndarray, mean: np.ndarray, variance: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What a row of :func:`ldm.training.figures.segmentation_panel` shows, ``(*S)`` each."""
+) -> dict[str, np.ndarray | None]:
+    """What a row of :func:`ldm.training.figures.segmentation_panel` shows, ``(*S)`` each; None for an unknown truth."""
     shown = {f"given {index}": channel for index, channel in enumerate(given, 1)}
-    known = {} if truth is None else {"truth": truth}
-    return shown | known | {"segmentation": labels, "mean": mean, "variance": variance}
+    return shown | {"truth": truth, "segmentation": labels, "mean": mean, "variance": variance}

@@ -5,6 +5,8 @@ import pytest
 
 from ldm.applications.segmentation import Result
 from ldm.applications.segmentation_evaluation import calibrate, measure_patient, paired_difference, summarise
+from ldm.applications.segmentation_report import interval, number
+from ldm.metrics.segmentation import generalised_energy_distance
 
 CLASSES = ("lesion",)
 NOTHING = np.zeros((12, 12), np.uint8)
@@ -20,6 +22,12 @@ def result(labels, members=None, uncertain=0.0):
     members = np.stack([labels] * 4 if members is None else members)
     mean = (members == 1).mean(0)[None]
     return Result(labels, members, mean, np.where((members > 0).any(0), uncertain, 0.0), NOTHING * 1.0)
+
+
+def measured_lesion(images, joint=False):
+    """One patient's numbers; ``images`` as (result, truth)."""
+    results, truths = zip(*images, strict=True)
+    return measure_patient(results, truths, truths, CLASSES, joint)[0]["classes"]["lesion"]
 
 
 def measured(patients, seed=0):
@@ -90,3 +98,32 @@ def test_differences_are_paired_and_over_patients_who_have_the_class():
     gains = [2 * s**2 / (s**2 + 36) - 2 * (s - 1) ** 2 / ((s - 1) ** 2 + 36) for s in sides]
     assert (found["value"], found["n"]) == (pytest.approx(np.mean(gains)), 3)
     assert found["interval"][0] > 0
+
+
+def test_members_of_several_images_are_added_up_only_where_they_are_one_draw():
+    """Two slices; in each the first member finds less than the other, and were it one draw, so would the patient's."""
+    members = np.stack([square(3), square(5)])
+    images = [(result(square(4), members), square(4)), (result(square(4), members[::-1]), square(4))]
+    apart, joint, alone = measured_lesion(images), measured_lesion(images, True), measured_lesion(images[:1])
+    assert np.isnan(apart["in_interval"])
+    assert (joint["in_interval"], alone["in_interval"]) == (0, 1)  # 34 + 34 of 32; 9 and 25 around 16
+    of_image = generalised_energy_distance(list(members == 1), [square(4) == 1])
+    assert apart["ged"] == joint["ged"] == pytest.approx(of_image)
+    summary = measured([images, images])[1]["classes"]["lesion"]["in_interval"]
+    assert (number(summary["value"]), interval(summary), summary["n"]) == ("n/a", "n/a", 0)
+    single = (result(square(4), square(4)[None]), square(4))  # one network
+    assert np.isnan(measured_lesion([single])["in_interval"])
+
+
+def test_each_image_is_measured_with_its_own_voxels():
+    """Slices with rows of 2 mm, columns of 1 mm and 3 mm across, and of 1 x 1 x 1 mm; moved down by three rows."""
+    images = [
+        (Result(**{**vars(result(square(4, 5))), "spacing": spacing}), np.roll(square(4, 5), -3, 0))
+        for spacing in ((2.0, 1.0, 3.0), (1.0, 1.0, 1.0))
+    ]
+    found, coarse, fine = (measured_lesion(some) for some in (images, images[:1], images[1:]))
+    assert (coarse["volume"], fine["volume"], found["volume"]) == (16 * 6, 16, 16 * 7)
+    assert coarse["hd95"] == pytest.approx(2 * fine["hd95"])
+    assert found["hd95"] == pytest.approx((coarse["hd95"] + fine["hd95"]) / 2)
+    nothing, six = Result(**{**vars(result(square(4))), "spacing": (1.0, 2.0, 3.0)}), NOTHING
+    assert measured_lesion([(nothing, six)])["false_volume"] == 16 * 6

@@ -1,5 +1,6 @@
 """Peers of the diffusion model: networks as an ensemble, by the same functions."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -49,8 +50,29 @@ def test_dropout_draws_members_by_name(image):
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
     assert np.abs(one[0] - one[1]).max() > 1e-3
+    more = NetworkSource(source.segmenters, ["a"], members=5).ensembles([image], ["one"])[0].probabilities
+    np.testing.assert_array_equal(more[:3], one)  # the same however many are drawn
     plain = source.segmenters[0].probabilities(np.stack([image, image]))
     np.testing.assert_allclose(plain[0], plain[1], atol=1e-6)  # off again
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_memory_is_that_of_one_member(image, dropout, monkeypatch):
+    one, batches = network(0, dropout), []
+    monkeypatch.setattr(one.network, "forward", lambda x: batches.append(len(x)) or torch.cat([x, x], 1)[:, :2])
+    NetworkSource([one] if dropout else [one] * 4, ["a"] * 4, members=4).ensembles([image], ["one"])
+    assert batches == [1] * 4
+
+
+def test_images_go_where_the_network_is(image, monkeypatch):
+    """The meta device stands for a GPU: what is not brought to it is refused."""
+    one, seen = network(0), []
+    one.network.to("meta")
+    monkeypatch.setattr("ldm.model.segmenter.autocast", lambda device: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(one.network, "forward", lambda x: seen.append(x.device.type) or torch.zeros(1, 2, 16, 16))
+    one.probabilities(image[None])
+    one.segment(image)
+    assert seen == ["meta", "meta"]
 
 
 def test_a_subject_without_an_image_is_named():
@@ -74,6 +96,8 @@ def test_volumes_are_of_the_files_voxels():
     (row,) = volumes(result, CLASSES)
     assert (row["volume"], row["members_mean"], row["unit"]) == (64.0, 64.0, "mm3")
     assert (row["low"], row["high"]) == pytest.approx((0.025 * 128, 0.975 * 128))
+    single = in_file_space(Ensemble(np.stack([1 - inside, inside], axis=1)[:1]), way)
+    assert [volumes(single, CLASSES)[0][end] for end in ("low", "high")] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,12 @@ def test_slices_of_volumes_come_back_as_volumes(ldm, tmp_path):
     for index in range(2, 6):
         picture = np.asarray(PIL.Image.open(f"out/{name}_axial{index:03}_dseg.png"))
         np.testing.assert_array_equal(read(f"out/stacked/{name}_dseg.nii.gz::axial[{index}]").array[0], picture)
+    slices = pd.read_csv("out/volumes.tsv", sep="\t")
     table = pd.read_csv("out/stacked/volumes.tsv", sep="\t").set_index("participant_id")
     assert len(table) == 4
+    assert set(slices["unit"]) == {"mm3"}
+    of_volume = slices["participant_id"].str.startswith(name)
+    assert slices[of_volume]["volume"].sum() == pytest.approx(table.loc[name, "volume"], rel=1e-4)
     assert table.loc[name, "volume"] == pytest.approx(2 * (found > 0).sum(), rel=1e-5)  # mm3
     assert table["low"].isna().all()  # members of dropout are drawn slice by slice
     variance = np.asarray(stacked["variance"].dataobj)

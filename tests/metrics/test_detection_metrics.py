@@ -5,8 +5,17 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+from ldm.applications.detection_report import markdown
 from ldm.errors import LdmError
-from ldm.metrics.detection import Reference, best_threshold, bootstrap, detection_metrics, dice, otsu, voxel_counts
+from ldm.metrics.detection import (
+    Reference,
+    best_threshold,
+    detection_metrics,
+    interval_over_patients,
+    otsu,
+    voxel_counts,
+)
+from ldm.metrics.segmentation import dice
 
 
 def blobs(n=12, side=24, patients=6, seed=0):
@@ -97,8 +106,22 @@ def test_patients_are_drawn_and_not_images():
         seen.add(value)
         return value
 
-    assert bootstrap(mean, 2, resamples=60) == [0.0, 1.0]
+    assert interval_over_patients(mean, 2, resamples=60) == [0.0, 1.0]
     assert seen == {0.0, 0.5, 1.0}
+
+
+def test_one_patient_has_no_interval():
+    """Of all six patients one is ill: what is said of lesions has no spread, what of false alarms has one."""
+    maps, masks, reference = blobs()
+    masks = masks & np.array([s == "p0" for s in reference.subjects])[:, None, None]
+    lonely = Reference(masks.any((1, 2)), reference.subjects, masks)
+    found = detection_metrics(maps, maps.max((1, 2)), lonely, 0.5, resamples=20)
+    assert {name for name, one in found.items() if one.get("interval", 0) is None} == {
+        *("image_auroc", "image_auprc", "pixel_auroc", "pixel_auprc", "dice", "dice_otsu")
+    }
+    alone = detection_metrics(maps, maps.max((1, 2)), Reference(lonely.diseased, ["p0"] * 12), 0.5, resamples=20)
+    assert all(one["interval"] is None for one in alone.values())
+    assert markdown({"methods": {"free": alone}}).splitlines()[-1].count("(n/a)") == len(alone)
 
 
 def test_one_class_is_refused():

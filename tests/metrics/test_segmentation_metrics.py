@@ -83,12 +83,13 @@ def test_rank_correlation_and_rejection():
 
 def test_the_interval_is_over_patients():
     values = np.random.default_rng(0).normal(0.7, 0.1, 100)
-    found = measures.bootstrap([*values, np.nan])
+    found = measures.mean_of_patients([*values, np.nan])
     half = (found["interval"][1] - found["interval"][0]) / 2
     assert found["n"] == 100
     assert found["value"] == pytest.approx(values.mean())
     assert half == pytest.approx(1.96 * values.std() / 10, rel=0.1)
-    assert np.isnan(measures.bootstrap([np.nan])["value"])
+    assert np.isnan(measures.mean_of_patients([np.nan])["value"])
+    assert measures.mean_of_patients([0.7, np.nan]) == {"value": 0.7, "interval": None, "n": 1}  # nobody knows a spread
 
 
 def test_the_interval_of_a_rank_correlation_is_over_patients():
@@ -102,3 +103,5 @@ def test_the_interval_of_a_rank_correlation_is_over_patients():
     monotone = measures.clustered_spearman([[(x, x**3)] for x in range(9)])
     assert (monotone["value"], monotone["interval"]) == (pytest.approx(1), pytest.approx([1, 1]))
     assert np.isnan(measures.clustered_spearman([])["value"])
+    alone = measures.clustered_spearman([pairs, []])  # all images of one patient
+    assert (alone["value"], alone["interval"], alone["n"]) == (pytest.approx(few["value"]), None, 8)

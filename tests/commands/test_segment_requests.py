@@ -1,0 +1,59 @@
+"""What ``ldm segment`` settles before it segments: the records, the device, what stands beside."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from ldm.commands.main import conf_dir
+from ldm.commands.segment import cohort_records, find_source
+from ldm.data.checks import check_cohort
+from ldm.data.geometry import Geometry
+from ldm.data.labels import LabelClasses
+from ldm.data.preprocessing import Preprocessing
+from ldm.model.segmenter import Segmenter, build_segmenter
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("segment", list(overrides))
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A network without dropout, in a file."""
+    config = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [8, 16], "num_res_units": 1}
+    recipe = Preprocessing(2, None, None, (8, 8), (1, 1), channels=("T1",), reference=Geometry.plan((8, 8)))
+    classes = LabelClasses.from_config({"tumour": 1})
+    Segmenter(build_segmenter(config), config, classes, recipe, facts={"split_sha256": "s"}).save(tmp_path / "peer")
+    return tmp_path / "peer"
+
+
+@pytest.mark.parametrize("beside", ["missing: nowhere", "network: nowhere"])
+def test_what_stands_beside_is_looked_for_first(ldm, tmp_path, peer, beside):
+    np.save(tmp_path / "a.npy", np.eye(8, dtype=np.uint8))
+    given = ("images=a.npy", "labels=a.npy", "evaluate=true", "out=out")
+    code, text = ldm("segment", f"model={peer}", *given, f"beside={{{beside}}}")
+    assert code
+    assert f"beside.{beside.partition(':')[0]}" in text
+    assert not (tmp_path / "out/volumes.tsv").exists()
+
+
+def test_a_network_runs_where_a_diffusion_model_would(peer, monkeypatch):
+    asked, load = [], Segmenter.load
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Segmenter, "load", lambda path, device="cpu": asked.append(device) or load(path))
+    find_source(composed(f"model={peer}"))
+    assert asked == ["cuda"]
+
+
+def test_records_of_a_cohort_need_no_grid_and_no_arrays(tiny, tmp_path):
+    """The configuration's networks would have to halve 20 three times; the model's need not be these."""
+    config = composed(*tiny, "data.shape=[20,28,20]", f"runs_dir={tmp_path}")
+    cohort = check_cohort(config.data, progress=False).cohort
+    source = SimpleNamespace(split_sha256=cohort.split_hash, channels=tuple(cohort.records[0].images))
+    records = cohort_records(config, source)
+    assert [record.id for record in records] == [record.id for record in cohort.split("test")]
+    assert not list(tmp_path.rglob("*.npy"))
