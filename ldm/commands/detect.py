@@ -25,7 +25,7 @@ from ldm.applications.detection import (
 )
 from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
-from ldm.applications.tuning import apply_choices, read_choices, settled
+from ldm.applications.tuning import apply_choices, read_choices, tuned_baselines
 from ldm.commands.detect_request import (
     Images,
     asked_options,
@@ -75,7 +75,7 @@ def run(config: DictConfig) -> Path:
     evaluated = evaluated_ids(config, images, tuned)
     expect_a_lesion(images, evaluated, read_lesions(images, model))
     remarks = worth(images, evaluated, tuned) if evaluated else {}
-    baselines = entry["baselines"] if entry is not None and settled(options) == entry["options"] else {}
+    baselines = tuned_baselines(entry, options)
     comparison = Comparison()
     if config.compare:
         comparison = comparison_of(detector, options, baselines.get("partial_noising", {}).get("level"))

@@ -6,6 +6,7 @@ import pytest
 from ldm.applications.anomaly import DetectionOptions
 from ldm.applications.cases import Truth, gather, unit_of
 from ldm.applications.detection_report import markdown
+from ldm.applications.tuning import settled, tuned_baselines
 from ldm.commands.detect import expect_a_lesion, worth
 from ldm.commands.detect_request import Images, chain_of, digests, map_settings, tuned_ids
 from ldm.commands.detect_tuning import chosen_on
@@ -84,6 +85,15 @@ def test_only_what_decides_the_counterparts_binds_a_folder(tmp_path):
     settle_request(tmp_path, chain_of(other), changeable=map_settings(other, 0.3))
     with pytest.raises(LdmError, match=r"\(steps differ\)"):
         settle_request(tmp_path, chain_of(DetectionOptions(steps=7)), changeable=map_settings(options))
+
+
+def test_other_maps_leave_the_chains_of_what_is_compared():
+    baselines = {"partial_noising": {"level": 300.0, "threshold": 0.4}}
+    entry = {"options": settled(DetectionOptions()), "baselines": baselines}
+    assert tuned_baselines(entry, DetectionOptions(level=200.0)) == baselines
+    other = tuned_baselines(entry, DetectionOptions(smoothing=1.0))
+    assert other == {"partial_noising": {"level": 300.0, "threshold": None}}
+    assert tuned_baselines(entry, DetectionOptions(steps=7)) == tuned_baselines(None, DetectionOptions()) == {}
 
 
 def test_masks_without_any_lesion_are_refused_by_name():
