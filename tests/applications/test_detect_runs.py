@@ -174,7 +174,7 @@ def test_what_choices_were_made_on_is_known_again(trained, ldm, tmp_path):
     kept = tmp_path / "ldm/detection.json"
     chosen = json.loads(kept.read_text())["guides"]["none"]
     assert [row["level"] for row in chosen["sweep"]] == [300]  # of ten moves both begin at the same
-    code, text = ldm(*detect, "out=all", "compare=false")
+    code, text = ldm(*detect, "split=all", "out=all", "compare=false")
     assert not code, text
     metrics = json.loads((tmp_path / "all/metrics.json").read_text())
     assert metrics["chosen_on_these_images"] is True
