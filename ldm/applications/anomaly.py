@@ -48,6 +48,8 @@ SCORES = ("mean", "p99", "max")
 HEALTHY_WORDS = ("0", "healthy", "normal", "control", "no", "false")
 #: s where nothing was chosen: Wolleb et al. 2022 for a classifier; a common scale for classifier-free guidance
 SCALES = {"classifier": 100.0, "free": 3.0, "none": 0.0}
+#: Options of maps and scores alone, which counterparts do not depend on.
+MAP_OPTIONS = ("channels", "smoothing", "score")
 #: In place of a scale: decode as was encoded, without guidance.
 ROUND_TRIP = None
 

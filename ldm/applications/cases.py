@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,8 +19,12 @@ from ldm.data.schema import Covariate
 from ldm.data.table import read_table
 from ldm.errors import LdmError, nearest
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 MASK_ENDINGS = ("", "_mask", "_seg", "_lesion", "_dseg")
 ID, SUBJECT = "participant_id", "subject"
+PATIENT, IMAGE = "patient", "image"  # what intervals and shares are over
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,38 @@ def load_case(record: Record, preprocessing: Preprocessing, truth: Truth) -> Cas
     image, geometry = preprocessing.load(record)
     mask = None if record.labels is None else truth.mask(preprocessing.load_labels(record))
     return Case(record, image, geometry, mask, truth.diseased(record))
+
+
+def gather(records: Iterable[Record], read: Callable[[Record], T]) -> list[T]:
+    """What ``read`` makes of every record, in their order.
+
+    Raises:
+        LdmError: the faults of all records at once, by their names.
+    """
+    found, faults = [], []
+    for record in records:
+        try:
+            found.append(read(record))
+        except LdmError as error:
+            faults.append(f"'{record.id}': {error}")
+    if len(faults) == 1:
+        raise LdmError(faults[0])
+    if faults:
+        raise LdmError(f"{len(faults)} of {len(found) + len(faults)} images cannot be used:\n" + "\n".join(faults))
+    return found
+
+
+def unit_of(patients_known: bool) -> str:
+    """What intervals and shares are over: patients or, with a warning, images."""
+    if patients_known:
+        return PATIENT
+    logger.warning(
+        "It is not known whose images these are, so each counts as a patient of its own: where several are of one, "
+        "intervals are too narrow, and a share of the images puts one patient on both sides. Give a table with a "
+        "column '%s' (of a cohort: data.subject, with data.subjects_linked=true).",
+        SUBJECT,
+    )
+    return IMAGE
 
 
 def folder_records(

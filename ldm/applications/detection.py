@@ -1,18 +1,23 @@
-"""Looks at cases, one after the other and resumably: healthy counterparts, and what they are compared with."""
+"""Looks at cases, one after the other and resumably: healthy counterparts, and what they are compared with.
+
+A cohort of volumes does not fit into memory: cases come one by one, and what metrics need of each is kept (`Seen`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, anomaly_map
+from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, anomaly_map, smoothed
 from ldm.applications.cases import Case, Truth, load_case
 from ldm.data.draft import Record
+from ldm.data.preprocessing import Preprocessing
 from ldm.files import write_npz
 
+METHODS = ("partial_noising", "reconstruction")  # arrays of `Found` that the image is compared with, beside `healthy`
 STORED = "model_space"  # below the output folder: what was computed, so that an interrupted run goes on
 
 
@@ -33,6 +38,24 @@ class Found:
     round_trip: np.ndarray | None = None
     partial_noising: np.ndarray | None = None
     reconstruction: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What metrics need of a case.
+
+    Attributes:
+        record: of the image.
+        mask, diseased: see `Case`.
+        maps: ``(*S)`` of each method, by its name: the guide's, those of `METHODS`, ``intensity``.
+        sanity: how much of the map is not the disease, in the model's intensity range; empty without a round trip.
+    """
+
+    record: Record
+    mask: np.ndarray | None
+    diseased: bool | None
+    maps: Mapping[str, np.ndarray]
+    sanity: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,9 +123,8 @@ def look_at(
         paths = [folder / f"{case.record.id}.npz" for case in cases]
         todo = [k for k, path in enumerate(paths) if not path.is_file()]
         if todo:
-            made = _make(detector, [cases[k] for k in todo], options, comparison, [indices[k] for k in todo], seed)
-            for k, arrays in zip(todo, made, strict=True):
-                write_npz(paths[k], {name: array.astype(np.float32) for name, array in arrays.items()})
+            chosen = [cases[k] for k in todo], [indices[k] for k in todo], [paths[k] for k in todo]
+            _make(detector, *chosen, options, comparison, seed)
         for case, path in zip(cases, paths, strict=True):
             yield Found(case, **_read(path))
         progress(len(cases))
@@ -111,12 +133,13 @@ def look_at(
 def _make(
     detector: Detector,
     cases: Sequence[Case],
+    indices: Sequence[int],
+    paths: Sequence[Path],
     options: DetectionOptions,
     comparison: Comparison,
-    indices: Sequence[int],
     seed: int,
-) -> list[dict[str, np.ndarray]]:
-    """Arrays ``(C, *S)`` of each case, by their names in `Found`."""
+) -> None:
+    """Write the arrays ``(C, *S)`` of each case, by their names in `Found`; they are not kept."""
     images = np.stack([case.image for case in cases])  # (B, C, *S)
     scales = [options.scale, *([ROUND_TRIP] if comparison.round_trip else [])]
     made = dict(
@@ -128,13 +151,41 @@ def _make(
         )
     if comparison.reconstruction:
         made["reconstruction"] = detector.reconstructions(images)
-    return [{name: array[k] for name, array in made.items()} for k in range(len(cases))]
+    for k, path in enumerate(paths):
+        write_npz(path, {name: array[k].astype(np.float32) for name, array in made.items()})
 
 
-def maps_of(founds: Sequence[Found], options: DetectionOptions, name: str = "healthy") -> np.ndarray:
-    """Anomaly maps ``(N, *S)`` against one of the arrays of `Found`."""
-    images = np.stack([found.case.image for found in founds])
-    return anomaly_map(images, np.stack([getattr(found, name) for found in founds]), options)
+def look_again(record: Record, preprocessing: Preprocessing, truth: Truth, folder: Path) -> Found:
+    """What :func:`look_at` has made of a record and ``folder`` holds."""
+    return Found(load_case(record, preprocessing, truth), **_read(Path(folder) / f"{record.id}.npz"))
+
+
+def map_of(found: Found, options: DetectionOptions, name: str = "healthy") -> np.ndarray:
+    """Anomaly map ``(*S)`` against one of the arrays of `Found`."""
+    return anomaly_map(found.case.image[None], getattr(found, name)[None], options)[0]
+
+
+def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channel: int) -> Seen:
+    """What metrics need of a case.
+
+    Args:
+        found: the case.
+        anomaly: its map ``(*S)`` against the healthy counterpart.
+        options: of the maps.
+        channel: whose intensity is the simplest map of all.
+    """
+    case, maps, sanity = found.case, {options.guide: anomaly}, {}
+    maps |= {name: map_of(found, options, name) for name in METHODS if getattr(found, name) is not None}
+    if found.round_trip is not None:
+        maps["intensity"] = smoothed(case.image[None, channel].copy(), options)[
+            0
+        ]  # no view, which would keep the image
+        sanity = {
+            "error": float(np.abs(case.image - found.round_trip).mean()),
+            "unguided": float(map_of(found, options, "round_trip").mean()),
+            "guided": float(anomaly.mean()),
+        }
+    return Seen(case.record, case.mask, case.diseased, maps, sanity)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

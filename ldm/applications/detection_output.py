@@ -53,9 +53,11 @@ def write_case(
         images.write(path, preprocessing.restore(part, case.geometry))
     map_path = folder / f"{name}_anomaly{'.nii.gz' if is_volume else '.npy'}"
     images.write(map_path, restore_map(preprocessing, anomaly, case))
-    if threshold is not None:
-        lesion = preprocessing.restore(anomaly > threshold, case.geometry, labels=True)
-        images.write(folder / f"{name}_lesion{suffix}", lesion)
+    lesion_path = folder / f"{name}_lesion{suffix}"
+    if threshold is None:
+        lesion_path.unlink(missing_ok=True)  # of a threshold that there was before
+    else:
+        images.write(lesion_path, preprocessing.restore(anomaly > threshold, case.geometry, labels=True))
 
 
 def restore_map(preprocessing: Preprocessing, anomaly: np.ndarray, case: Case) -> nib.Nifti1Image | np.ndarray:

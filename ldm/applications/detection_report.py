@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ldm.applications.anomaly import DetectionOptions, image_scores, smoothed
-from ldm.applications.detection import Found, maps_of
+from ldm.applications.anomaly import DetectionOptions, image_scores
+from ldm.applications.cases import IMAGE
+from ldm.applications.detection import Seen
 from ldm.applications.tuning import reference_of
 from ldm.metrics.detection import detection_metrics
 from ldm.metrics.segmentation import mean_of_patients
 
-#: what is compared, by the array of `Found` that the image is compared with
-METHODS = {"partial_noising": "partial noising", "reconstruction": "first stage's reconstruction"}
+#: what methods are called in the table
+TITLES = {"partial_noising": "partial noising", "reconstruction": "first stage's reconstruction"}
 COLUMNS = (
     ("pixel_auroc", "voxel AUROC"),
     ("pixel_auprc", "voxel AUPRC"),
@@ -28,54 +29,39 @@ COLUMNS = (
 )
 
 
-def method_maps(founds: Sequence[Found], options: DetectionOptions, channel: int) -> dict[str, np.ndarray]:
-    """Maps ``(N, *S)`` of the guided detection (by the name of its guide) and of everything beside it.
-
-    Args:
-        channel: whose intensity is the simplest map of all.
-    """
-    maps = {options.guide: maps_of(founds, options)}
-    for name in METHODS:
-        if getattr(founds[0], name) is not None:
-            maps[name] = maps_of(founds, options, name)
-    if founds[0].round_trip is not None:
-        maps["intensity"] = smoothed(np.stack([found.case.image[channel] for found in founds]), options)
-    return maps
-
-
 def evaluate(
-    founds: Sequence[Found],
+    seen: Sequence[Seen],
     options: DetectionOptions,
     thresholds: Mapping[str, float | None],
-    channel: int,
     resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Numbers of every method with their intervals over patients, and the two sanity numbers.
 
     Args:
-        founds: images of which the truth is known.
+        seen: images of which the truth is known.
+        options: of scores.
         thresholds: of each method, chosen on other images.
-        channel: see :func:`method_maps`.
+        resamples, seed: see `ldm.metrics.detection.interval_over_patients`.
 
     Raises:
         LdmError: the truth is not known of all, or is the same for all.
     """
-    reference = reference_of([found.case for found in founds])
-    methods = {
-        name: detection_metrics(maps, image_scores(maps, options), reference, thresholds.get(name), resamples, seed)
-        for name, maps in method_maps(founds, options, channel).items()
-    }
+    reference, methods = reference_of(seen), {}
+    for name in seen[0].maps:
+        maps = np.stack([one.maps[name] for one in seen])  # (N, *S) of one method at a time
+        scores = image_scores(maps, options)
+        methods[name] = detection_metrics(maps, scores, reference, thresholds.get(name), resamples, seed)
     return {
         "images": {"healthy": int((~reference.diseased).sum()), "diseased": int(reference.diseased.sum())},
         "patients": len(set(reference.subjects)),
         "thresholds": {name: thresholds.get(name) for name in methods},
         "methods": methods,
-        "sanity": sanity(founds, options, reference.diseased, seed),
+        "sanity": sanity(seen, reference.diseased, seed),
     }
 
 
-def sanity(founds: Sequence[Found], options: DetectionOptions, diseased: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def sanity(seen: Sequence[Seen], diseased: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """How much of the maps is not the disease, each with its 95 % interval over patients.
 
     ``round_trip_mae``: mean absolute error of encoding and decoding without guidance, in the model's intensity range;
@@ -83,12 +69,12 @@ def sanity(founds: Sequence[Found], options: DetectionOptions, diseased: np.ndar
     ``healthy_change``: the latter less the former, paired; ``diseased_map_guided`` for comparison. Empty without a
     round trip.
     """
-    if founds[0].round_trip is None:
+    if not seen[0].sanity:
         return {}
-    errors = np.array([np.abs(found.case.image - found.round_trip).mean() for found in founds])
-    unguided, guided = (maps_of(founds, options, name) for name in ("round_trip", "healthy"))
-    unguided, guided = (maps.reshape(len(maps), -1).mean(1) for maps in (unguided, guided))  # (N,)
-    subjects = np.array([found.case.record.subject for found in founds])
+    errors, unguided, guided = (
+        np.array([one.sanity[name] for one in seen]) for name in ("error", "unguided", "guided")
+    )  # (N,)
+    subjects = np.array([one.record.subject for one in seen])
     everyone = np.ones_like(diseased)
     values = {
         "round_trip_mae": (errors, everyone),
@@ -106,13 +92,29 @@ def _of_patients(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[st
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The methods as a Markdown table, with intervals; n/a where there is none."""
+    """The methods as a Markdown table, with intervals or n/a, and what is to be known of the numbers."""
     columns = [(key, title) for key, title in COLUMNS if any(key in one for one in metrics["methods"].values())]
     lines = ["| method | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, values in metrics["methods"].items():
         cells = [_cell(values.get(key)) for key, _ in columns]
-        lines.append(f"| {METHODS.get(name, name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
+    remarks = in_words(metrics)
+    return "\n".join([*lines, *([""] if remarks else []), *(f"* {remark}" for remark in remarks)]) + "\n"
+
+
+def in_words(metrics: Mapping[str, Any]) -> list[str]:
+    """What makes the numbers worth less than they look, a sentence each."""
+    remarks, images = [], sum(metrics["images"].values())
+    if metrics.get("trained_on_these"):
+        remarks.append(
+            f"{metrics['trained_on_these']} of {images} images are ones that the model was trained on: the numbers are "
+            "too good."
+        )
+    if metrics.get("chosen_on_these_images"):
+        remarks.append("Level, scale and threshold were chosen on these images: the numbers are too good.")
+    if metrics.get("unit") == IMAGE:
+        remarks.append("It is not known whose images these are: intervals are over images, not over patients.")
+    return remarks
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm.applications.anomaly import DetectionOptions, Detector, anomaly_map, image_scores
+from ldm.applications.anomaly import MAP_OPTIONS, DetectionOptions, Detector, anomaly_map, image_scores
 from ldm.applications.cases import Case
+from ldm.applications.detection import Seen
 from ldm.data.draft import Record
 from ldm.errors import LdmError
 from ldm.files import write_json
@@ -26,7 +27,7 @@ FILE = "detection.json"
 CHOSEN = ("level", "scale", "threshold")
 
 
-def reference_of(cases: Sequence[Case]) -> Reference:
+def reference_of(cases: Sequence[Case | Seen]) -> Reference:
     """What is known of cases.
 
     Raises:
@@ -135,7 +136,7 @@ def read_choices(model_path: Path, classifier_sha256: str | None, guide: str) ->
         stored = json.loads(path.read_text())
         entry, of_model = stored["guides"].get(guide), stored["model_sha256"]
         if entry is not None:
-            entry["images"]["marks"]
+            entry["images"]["subjects"], entry["images"]["files"], entry["images"]["unit"]
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise LdmError(f"{path} is not what tune=true writes; remove it or tune again.") from error
     remedy = f"Tune again (ldm detect tune=true guide={guide}), or remove the file."
@@ -156,6 +157,23 @@ def write_choices(model_path: Path, guide: str, entry: Mapping[str, Any]) -> Pat
         guides = {}
     content = {"model_sha256": sha256, "guides": {**guides, guide: dict(entry)}}
     return write_json(path, content)
+
+
+def tuned_baselines(entry: Mapping[str, Any] | None, options: DetectionOptions) -> dict[str, dict[str, Any]]:
+    """What was chosen for what stands beside the detection: nothing for another chain, no thresholds for other maps.
+
+    Args:
+        entry: of :func:`read_choices`.
+        options: of the detection.
+    """
+    if entry is None:
+        return {}
+    differing = {name for name, value in settled(options).items() if value != entry["options"][name]}
+    if not differing:
+        return entry["baselines"]
+    if not differing <= set(MAP_OPTIONS):
+        return {}
+    return {name: {**one, "threshold": None} for name, one in entry["baselines"].items()}
 
 
 def apply_choices(

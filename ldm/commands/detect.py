@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from ldm.applications.anomaly import DetectionOptions, Detector, image_scores
-from ldm.applications.cases import Truth
-from ldm.applications.detection import STORED, Comparison, Found, comparison_of, look_at, maps_of
+from ldm.applications.cases import Truth, gather, load_case, unit_of
+from ldm.applications.detection import (
+    STORED,
+    Comparison,
+    Found,
+    comparison_of,
+    look_again,
+    look_at,
+    map_of,
+    summary,
+)
 from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
-from ldm.applications.tuning import apply_choices, read_choices, settled
+from ldm.applications.tuning import apply_choices, read_choices, tuned_baselines
 from ldm.commands.detect_request import (
     Images,
     asked_options,
@@ -25,11 +34,13 @@ from ldm.commands.detect_request import (
     check_settings,
     classifier_sha256,
     find_images,
+    map_settings,
     request,
     tuned_ids,
 )
 from ldm.commands.detect_tuning import tune
 from ldm.commands.sample import load_model
+from ldm.data.draft import Record
 from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json, write_text
@@ -39,6 +50,8 @@ from ldm.model.provenance import settle_request
 from ldm.training import figures
 
 logger = logging.getLogger(__name__)
+
+METRICS = ("metrics.json", "metrics.md")
 
 
 def run(config: DictConfig) -> Path:
@@ -58,30 +71,37 @@ def run(config: DictConfig) -> Path:
     options, threshold = apply_choices(asked_options(config), entry, config.threshold)
     detector.check(options)
     images = find_images(config, model, path, detector, config.split)
-    evaluated = evaluated_ids(config, images, entry)
-    baselines = entry["baselines"] if entry is not None and settled(options) == entry["options"] else {}
+    tuned = tuned_ids(images, entry)
+    evaluated = evaluated_ids(config, images, tuned)
+    expect_a_lesion(images, evaluated, read_lesions(images, model))
+    remarks = worth(images, evaluated, tuned) if evaluated else {}
+    baselines = tuned_baselines(entry, options)
     comparison = Comparison()
     if config.compare:
         comparison = comparison_of(detector, options, baselines.get("partial_noising", {}).get("level"))
     out = Path(config.run_dir)
-    asked = request(config, detector, options, comparison, threshold, images.records)
-    settle_request(out, asked)
-    founds = look(config, detector, images, options, comparison, out / STORED)
-    maps = maps_of(founds, options)
-    for found, anomaly in zip(founds, maps, strict=True):
+    asked, changeable = request(config, detector, options, comparison, images), map_settings(options, threshold)
+    settle_request(out, asked, changeable=changeable)
+    for name in METRICS:
+        (out / name).unlink(missing_ok=True)  # of maps that are written anew
+    rows, seen = [], []
+    for found in look(config, detector, images, options, comparison, out / STORED):
+        anomaly = map_of(found, options)
         write_case(out, found.case, model.preprocessing, found.healthy, anomaly, threshold)
-    panel(founds, maps, model, channel, config.shown, out / "panel.png")
-    table = write_scores(out / TABLE, score_rows(founds, maps, options, images.truth, threshold))
-    if evaluated:
-        chosen = [found for found in founds if found.case.record.id in evaluated]
+        rows.append(score_row(found, anomaly, options, images.truth, threshold))
+        if found.case.record.id in evaluated:
+            seen.append(summary(found, anomaly, options, channel))
+    shown = [look_again(one, model.preprocessing, images.truth, out / STORED) for one in to_show(images, config.shown)]
+    panel(shown, options, model, channel, out / "panel.png")
+    table = write_scores(out / TABLE, rows)
+    if seen:
         thresholds = baseline_thresholds(baselines, channel_name(config, model)) | {options.guide: threshold}
-        metrics = evaluate(chosen, options, thresholds, channel, config.resamples, config.seed)
-        metrics["chosen_on_these_images"] = bool(evaluated & tuned_ids(images, entry))
+        metrics = evaluate(seen, options, thresholds, config.resamples, config.seed) | remarks
         metrics["protocol"] = {name: value for name, value in asked.items() if name not in ("images", "files_sha256")}
+        metrics["protocol"] |= changeable
         metrics["protocol"] |= {"split": images.split, "intensity_channel": channel_name(config, model)}
-        write_json(out / "metrics.json", metrics)
-        logger.info("Against the truth:\n%s", write_text(out / "metrics.md", markdown(metrics)).read_text())
-    logger.info("%d images: maps, healthy counterparts and %s are in %s", len(founds), TABLE, out)
+        write_metrics(out, metrics)
+    logger.info("%d images: maps, healthy counterparts and %s are in %s", len(rows), TABLE, out)
     return table
 
 
@@ -97,8 +117,13 @@ def baseline_thresholds(baselines: Mapping[str, Mapping[str, Any]], channel: str
     return thresholds
 
 
-def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] | None) -> set[str]:
+def evaluated_ids(config: DictConfig, images: Images, tuned: set[str]) -> set[str]:
     """Images that are compared with the truth: none where it is not known, and not those that choices were made on.
+
+    Args:
+        config: says whether to evaluate.
+        images: what is looked at.
+        tuned: those that choices were made on; they are taken where there are no others, with a warning.
 
     Raises:
         LdmError: the class is known of some images only, or is the same for all.
@@ -107,7 +132,6 @@ def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] |
     if not config.evaluate or all(one is None for one in known):
         return set()
     remedy = "evaluate=false writes maps and scores alone."
-    tuned = tuned_ids(images, entry)
     rest = {record.id for record in images.records} - tuned
     if not rest:
         logger.warning(
@@ -130,6 +154,61 @@ def evaluated_ids(config: DictConfig, images: Images, entry: Mapping[str, Any] |
     return rest
 
 
+def read_lesions(images: Images, model: LatentDiffusionModel) -> dict[str, bool | None]:
+    """Whether each image's mask has a lesion; None without a mask. What is read here can be read in the long run too.
+
+    Raises:
+        LdmError: all images and masks that cannot be used, by name.
+    """
+
+    def lesion(record: Record) -> bool | None:
+        mask = load_case(record, model.preprocessing, images.truth).mask
+        return None if mask is None else bool(mask.any())
+
+    found = gather(track(images.records, "reading"), lesion)
+    return {record.id: one for record, one in zip(images.records, found, strict=True)}
+
+
+def expect_a_lesion(images: Images, evaluated: set[str], lesions: Mapping[str, bool | None]) -> None:
+    """Refuse masks that are all empty, before anything is computed.
+
+    Raises:
+        LdmError: naming the labels and the images.
+    """
+    known = {name: lesions[name] for name in sorted(evaluated) if lesions[name] is not None}
+    if not known or any(known.values()):
+        return
+    classes = images.truth.lesion
+    labels = "a label other than 0" if classes is None else f"a label of {', '.join(classes.names)}"
+    names = ", ".join(list(known)[:5]) + (", ..." if len(known) > 5 else "")
+    raise LdmError(
+        f"None of the {len(known)} masks to evaluate ({names}) has {labels} on the model's grid. Name other classes "
+        "(lesion=[...]), take other images, or write maps and scores alone (evaluate=false)."
+    )
+
+
+def worth(images: Images, evaluated: set[str], tuned: set[str]) -> dict[str, Any]:
+    """What the numbers of these images are worth: whether model or choices were made on them, whose they are.
+
+    ``trained_on_these``: how many are of the training split; None of a folder, where that is not known.
+    """
+    trained = (
+        None
+        if images.split is None
+        else len(evaluated & {record.id for record in images.records if record.split == "train"})
+    )
+    if trained:
+        logger.warning(
+            "split=%s: the model was trained on %d of these %d images; the numbers say so in `trained_on_these`.",
+            *(images.split, trained, len(evaluated)),
+        )
+    return {
+        "trained_on_these": trained,
+        "chosen_on_these_images": bool(evaluated & tuned),
+        "unit": unit_of(images.patients_known),
+    }
+
+
 # --- results ------------------------------------------------------------------------------------------
 
 
@@ -140,70 +219,76 @@ def look(
     options: DetectionOptions,
     comparison: Comparison,
     folder: Path,
-) -> list[Found]:
-    """Healthy counterparts of all images, with a progress bar."""
+) -> Iterator[Found]:
+    """Healthy counterparts of all images, one by one, with a progress bar."""
     with Progress() as bar:
         task = bar.add_task("detecting", total=len(images.records))
-        return list(
-            look_at(
-                detector,
-                images.records,
-                images.truth,
-                options,
-                folder,
-                comparison,
-                config.batch_size,
-                config.seed,
-                lambda count: bar.advance(task, count),
-            )
+        yield from look_at(
+            detector,
+            images.records,
+            images.truth,
+            options,
+            folder,
+            comparison,
+            config.batch_size,
+            config.seed,
+            lambda count: bar.advance(task, count),
         )
 
 
-def score_rows(
-    founds: Sequence[Found], maps: np.ndarray, options: DetectionOptions, truth: Truth, threshold: float | None
-) -> list[dict[str, Any]]:
-    """The table, a row an image: its score, what it is said to be and, with a threshold, how much lesion it has."""
-    rows = []
-    for found, anomaly, score in zip(founds, maps, image_scores(maps, options), strict=True):
-        case = found.case
-        row = {
-            "participant_id": case.record.id,
-            "subject": case.record.subject,
-            "score": float(score),
-            truth.target.name: case.record.covariates.get(truth.target.name),
-        }
-        if threshold is not None:
-            lesion = anomaly > threshold
-            known = case.mask is not None and bool(case.mask.any())
-            row |= {"lesion_voxels": int(lesion.sum()), "dice": dice(lesion, case.mask) if known else None}
-        rows.append(row)
-    return rows
+def score_row(
+    found: Found, anomaly: np.ndarray, options: DetectionOptions, truth: Truth, threshold: float | None
+) -> dict[str, Any]:
+    """A row of the table: an image's score, what it is said to be and, with a threshold, how much lesion it has."""
+    case = found.case
+    row = {
+        "participant_id": case.record.id,
+        "subject": case.record.subject,
+        "score": float(image_scores(anomaly[None], options)[0]),
+        truth.target.name: case.record.covariates.get(truth.target.name),
+    }
+    if threshold is not None:
+        lesion = anomaly > threshold
+        known = case.mask is not None and bool(case.mask.any())
+        row |= {"lesion_voxels": int(lesion.sum()), "dice": dice(lesion, case.mask) if known else None}
+    return row
+
+
+def write_metrics(out: Path, metrics: Mapping[str, Any]) -> None:
+    """The numbers as JSON and as a table."""
+    numbers, table = METRICS
+    write_json(out / numbers, metrics)
+    logger.info("Against the truth:\n%s", write_text(out / table, markdown(metrics)).read_text())
+
+
+def to_show(images: Images, shown: int) -> list[Record]:
+    """The first diseased, healthy and unknown images, as many of each."""
+    groups = [[r for r in images.records if images.truth.diseased(r) is kind] for kind in (True, False, None)]
+    present = sum(bool(group) for group in groups)
+    return [record for group in groups for record in group[: -(-shown // present)]][:shown]
 
 
 def panel(
-    founds: Sequence[Found], maps: np.ndarray, model: LatentDiffusionModel, channel: int, shown: int, path: Path
+    founds: Sequence[Found], options: DetectionOptions, model: LatentDiffusionModel, channel: int, path: Path
 ) -> None:
-    """Image, healthy counterpart, map and mask of the first diseased and the first healthy cases."""
-    groups = [[k for k, f in enumerate(founds) if f.case.diseased is kind] for kind in (True, False, None)]
-    present = sum(bool(group) for group in groups)
-    chosen = [k for group in groups for k in group[: -(-shown // present)]][:shown]
-    if not chosen:
+    """Image, healthy counterpart, map and mask of cases."""
+    if not founds:
         return
-    first = np.stack([founds[k].case.image[channel] for k in chosen])
+    first = np.stack([found.case.image[channel] for found in founds])
     low, high = model.preprocessing.value_range or (float(first.min()), float(first.max()))
-    top = float(np.percentile(maps, 99.9)) or 1.0
+    maps = [map_of(found, options) for found in founds]
+    top = float(np.percentile(np.stack(maps), 99.9)) or 1.0
     rows = []
-    for k in chosen:
-        case = founds[k].case
-        mask = None if case.mask is None else case.mask.astype(np.float32)
-        rows.append((case.image[channel], founds[k].healthy[channel], maps[k], mask))
+    for found, anomaly in zip(founds, maps, strict=True):
+        mask = None if found.case.mask is None else found.case.mask.astype(np.float32)
+        rows.append((found.case.image[channel], found.healthy[channel], anomaly, mask))
     figures.table_of_pictures(
         rows,
         path,
         (model.preprocessing.channels[channel], "healthy counterpart", f"map (0 to {top:.2g})", "mask"),
         ((low, high), (low, high), (0.0, top), (0.0, 1.0)),
         ("gray", "gray", "inferno", "gray"),
-        [f"{founds[k].case.record.id}\n{_word(founds[k].case.diseased)}" for k in chosen],
+        [f"{found.case.record.id}\n{_word(found.case.diseased)}" for found in founds],
     )
 
 

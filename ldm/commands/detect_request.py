@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.applications.anomaly import DetectionOptions, Detector, find_healthy
-from ldm.applications.cases import Truth, folder_records, lesion_classes
+from ldm.applications.anomaly import MAP_OPTIONS, DetectionOptions, Detector, find_healthy
+from ldm.applications.cases import PATIENT, SUBJECT, Truth, folder_records, lesion_classes
 from ldm.applications.detection import Comparison
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import files_sha256
@@ -20,6 +19,7 @@ from ldm.commands.train_classifier import expect_cohort_of, find_target, take_ne
 from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Record
 from ldm.data.images import split_reference
+from ldm.data.table import read_table
 from ldm.diffusion.checks import check_choice
 from ldm.errors import LdmError
 from ldm.evaluation.instruments import unlike
@@ -104,12 +104,16 @@ class Images:
         truth: how they say what is healthy.
         split: of the cohort; None for those of a folder.
         split_sha256: of the cohort; None for those of a folder.
+        patients_known: whether it is said whose images they are; else each is a subject of its own.
+        files_sha256: hash of every file.
     """
 
     records: Sequence[Record]
     truth: Truth
     split: str | None = None
     split_sha256: str | None = None
+    patients_known: bool = True
+    files_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_images(
@@ -125,7 +129,8 @@ def find_images(
         files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
         folder, out = Path(config.images), Path(config.run_dir)
         records = folder_records(folder, model.preprocessing, target, healthy, *files, out)
-        return Images(records, Truth(target, healthy))
+        known = config.table is not None and SUBJECT in read_table(Path(config.table)).columns
+        return Images(records, Truth(target, healthy), patients_known=known, files_sha256=digests(records))
     for name in ("masks", "table"):
         if config[name] is not None:
             raise LdmError(f"{name} goes with images=FOLDER; masks of a cohort are data.labels, its table data.table.")
@@ -137,26 +142,43 @@ def find_images(
     records = [record for record in cohort.records if split in ("all", record.split)]
     if not records:
         raise LdmError(f"cohort '{cohort.name}' has no image in split={split}; see data.split.")
-    classes = lesion_classes(
-        plain(config.data)["label_names"] or {}, None if config.lesion is None else list(config.lesion)
+    data = plain(config.data)
+    classes = lesion_classes(data["label_names"] or {}, None if config.lesion is None else list(config.lesion))
+    return Images(
+        records,
+        Truth(target, healthy, classes),
+        split,
+        cohort.split_hash,
+        patients_known=data.get("subjects_linked", True),
+        files_sha256=digests(records),
     )
-    return Images(records, Truth(target, healthy, classes), split, cohort.split_hash)
+
+
+def digests(records: Sequence[Record]) -> dict[str, str]:
+    """SHA-256 of every file of the records' images."""
+    files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
+    return files_sha256({"image": sorted(files)})
 
 
 def tuned_ids(images: Images, entry: Mapping[str, Any] | None) -> set[str]:
-    """Those of the images that L, s and the threshold were chosen on."""
-    if entry is None or images.split_sha256 != entry["images"]["split_sha256"]:
+    """Those of the images that are of patients on whom L, s and the threshold were chosen.
+
+    A patient is recognised by the name, where both times it is known whose the images are and they come from one cohort
+    or both from folders, and by the content of a file wherever it lies.
+    """
+    if entry is None:
         return set()
-    tuned = set(entry["images"]["marks"])
-    return {record.id for record in images.records if mark(record, images) in tuned}
+    chosen = entry["images"]
+    comparable = images.patients_known and chosen["unit"] == PATIENT and chosen["split_sha256"] == images.split_sha256
+    subjects, files = set(chosen["subjects"]) if comparable else set(), set(chosen["files"])
+    tuned = subjects | {record.subject for record in images.records if marks(record, images) & files}
+    return {record.id for record in images.records if record.subject in tuned}
 
 
-def mark(record: Record, images: Images) -> str:
-    """What an image is recognised by: its id in a cohort, what is in its files in a folder."""
-    if images.split is not None:
-        return record.id
-    digests = files_sha256({"image": [str(ref) for ref in record.images.values()]}).values()
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def marks(record: Record, images: Images) -> set[str]:
+    """What the images of a record are recognised by: what is in their files, and which part of it."""
+    references = [split_reference(ref) for ref in record.images.values()]
+    return {images.files_sha256[str(path)] + (f"::{part}" if part else "") for path, part in references}
 
 
 def request(
@@ -164,12 +186,10 @@ def request(
     detector: Detector,
     options: DetectionOptions,
     comparison: Comparison,
-    threshold: float | None,
-    records: Sequence[Record],
+    images: Images,
 ) -> dict[str, Any]:
-    """What the results depend on."""
-    model = detector.model
-    files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
+    """What the counterparts depend on; maps and scores are made of them, see :func:`map_settings`."""
+    model, noising = detector.model, comparison.partial_noising
     return {
         "model_sha256": model.header["tensors_sha256"],
         "simulated_training_data": model.header.get("simulated", False),
@@ -177,15 +197,24 @@ def request(
         "reconstructed_by_sha256": None if detector.rebuilder is None else detector.rebuilder.sha256,
         "target": detector.target.name,
         "healthy": detector.healthy,
-        "options": {**asdict(options), "level": detector.level(options)},
+        "options": {**chain_of(options), "level": detector.level(options)},
         "start": detector.grid(options).t[0],  # where the chain begins: its first time at L or below
-        "comparison": asdict(comparison),
-        "threshold": threshold,
+        "comparison": {**asdict(comparison), "partial_noising": None if noising is None else chain_of(noising)},
         "seed": config.seed,
         "precision": config.precision,
-        "images": {record.id: list(record.images.values()) for record in records},
-        "files_sha256": files_sha256({"image": sorted(files)}),
+        "images": {record.id: list(record.images.values()) for record in images.records},
+        "files_sha256": dict(images.files_sha256),
     }
+
+
+def chain_of(options: DetectionOptions) -> dict[str, Any]:
+    """The options that counterparts depend on."""
+    return {name: value for name, value in asdict(options).items() if name not in MAP_OPTIONS}
+
+
+def map_settings(options: DetectionOptions, threshold: float | None = None) -> dict[str, Any]:
+    """What only maps, lesions and scores depend on; they are written anew from the counterparts that are there."""
+    return {name: getattr(options, name) for name in MAP_OPTIONS} | {"threshold": threshold}
 
 
 def channel_name(config: DictConfig, model: LatentDiffusionModel) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ from omegaconf import DictConfig
 from rich.progress import Progress, track
 
 from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, smoothed
-from ldm.applications.cases import Case, load_case
+from ldm.applications.cases import Case, gather, load_case, unit_of
 from ldm.applications.detection import Comparison, comparison_of
 from ldm.applications.tuning import best, judge, reference_of, settled, sweep, tuning_subjects, write_choices
-from ldm.commands.detect_request import asked_options, channel_name, classifier_sha256, find_images, mark, request
+from ldm.commands.detect_request import (
+    Images,
+    asked_options,
+    channel_name,
+    classifier_sha256,
+    find_images,
+    map_settings,
+    marks,
+    request,
+)
+from ldm.data.draft import Record
 from ldm.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -38,14 +49,16 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
     share = 1.0 if config.sweep.share is None else config.sweep.share
     subjects = tuning_subjects(images.records, share, config.seed)
     records = [record for record in images.records if record.subject in subjects]
-    cases = [load_case(record, detector.model.preprocessing, images.truth) for record in track(records, "reading")]
+    chosen_images = chosen_on(images, records)
+    read = partial(load_case, preprocessing=detector.model.preprocessing, truth=images.truth)
+    cases = gather(track(records, "reading"), read)
     reference, levels = reference_of(cases), swept_levels(config, detector, options)
     scales = SWEPT_SCALES[options.guide] if config.sweep.scales is None else list(config.sweep.scales)
     for scale in scales:
         replace(options, scale=scale)  # refuses one that is no number
     out = Path(config.run_dir)
     stored = out / f"sweep-{options.guide}.json"
-    asked = request(config, detector, options, Comparison(), None, records)
+    asked = request(config, detector, options, Comparison(), replace(images, records=records)) | map_settings(options)
     asked |= {"levels": levels, "scales": scales, "truth_sha256": truth_sha256(cases)}
     rows = swept(config, detector, cases, options, levels, scales, stored, asked)
     chosen, criterion = best(rows["guided"])
@@ -67,15 +80,7 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
         "criterion": criterion,
         "sweep": rows["guided"],
         "baselines": baselines,
-        "images": {
-            "split": images.split,
-            "split_sha256": images.split_sha256,
-            "share": share,
-            "seed": config.seed,
-            "marks": sorted(mark(record, images) for record in records),
-            "count": len(records),
-            "patients": len(subjects),
-        },
+        "images": {"share": share, "seed": config.seed, **chosen_images},
     }
     file = write_choices(path, options.guide, entry)
     logger.info(
@@ -90,6 +95,20 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
         file,
     )
     return file
+
+
+def chosen_on(images: Images, records: Sequence[Record]) -> dict[str, Any]:
+    """What the records that choices were made on are recognised by, see `tuned_ids`, and how many there are."""
+    subjects = sorted({record.subject for record in records})
+    return {
+        "split": images.split,
+        "split_sha256": images.split_sha256,
+        "unit": unit_of(images.patients_known),
+        "subjects": subjects,
+        "files": sorted({mark for record in records for mark in marks(record, images)}),
+        "count": len(records),
+        "patients": len(subjects),
+    }
 
 
 def swept_levels(config: DictConfig, detector: Detector, options: DetectionOptions) -> list[float]:

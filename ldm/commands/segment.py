@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from rich.progress import Progress, track
 
+from ldm.applications.cases import SUBJECT, gather, unit_of
 from ldm.applications.segmentation import (
     DiffusionSource,
     NetworkSource,
@@ -62,6 +63,7 @@ def run(config: DictConfig) -> Path:
     if config.evaluate:
         for record in track(records, "checking label maps"):
             check_labels(record, source)
+    gather(track(records, "checking images"), lambda record: source.preprocessing.load(record)[1])
     out = Path(config.run_dir)
     files = {str(split_reference(ref)[0]) for record in records for ref in record.images.values()}
     provenance = {"files_sha256": files_sha256({"image": sorted(files)})}
@@ -106,6 +108,8 @@ def measure(
         task = bar.add_task("measuring", total=len({record.subject for record in records}))
         metrics = evaluate(source, records, out, split, config.seed, lambda count: bar.advance(task, count))
     expect_comparable(others, metrics)
+    table = asked_table(config.table, "table")
+    metrics["unit"] = unit_of(config.images is None or (table is not None and SUBJECT in table.columns))
     metrics["differences"] = differences(metrics, others)
     write_json(out / METRICS, null_for_nan(metrics))
     page = report(out, metrics, others)

@@ -15,10 +15,15 @@ from ldm.model.file import package_versions
 PROVENANCE = "provenance.json"
 WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
 REMARKS = "remarks"  # what follows from the request, in words
+CHANGEABLE = "changeable"  # what only decides results that every session writes anew
 
 
 def settle_request(
-    folder: Path, request: Mapping[str, Any], results: str | None = None, remarks: Mapping[str, Any] | None = None
+    folder: Path,
+    request: Mapping[str, Any],
+    results: str | None = None,
+    remarks: Mapping[str, Any] | None = None,
+    changeable: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``provenance.json``, or refuse a folder that holds the results of another request.
 
@@ -27,6 +32,7 @@ def settle_request(
         request: what the results depend on, JSON-safe.
         results: pattern of the result files; a request that left none binds nobody. None: it always binds.
         remarks: written beside the request, and no part of it.
+        changeable: settings of results that are written anew whatever is there; beside the request, no part of it.
 
     Raises:
         LdmError: naming what differs.
@@ -35,7 +41,7 @@ def settle_request(
     request = json.loads(json.dumps(request, sort_keys=True, default=dict))
     if path.is_file() and (results is None or any(folder.glob(results))):
         stored = json.loads(path.read_text())
-        stored = {name: value for name, value in stored.items() if name not in (WRITTEN, REMARKS)}
+        stored = {name: value for name, value in stored.items() if name not in (WRITTEN, REMARKS, CHANGEABLE)}
         differing = [name for name in sorted({*stored, *request}) if stored.get(name) != request.get(name)]
         if differing:
             raise LdmError(
@@ -43,4 +49,5 @@ def settle_request(
                 "(out=... or run_dir=...), or remove this one."
             )
     written = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": package_versions()}
-    write_json(path, {**request, **({REMARKS: dict(remarks)} if remarks else {}), WRITTEN: written})
+    beside = {name: dict(of) for name, of in ((REMARKS, remarks), (CHANGEABLE, changeable)) if of}
+    write_json(path, {**request, **beside, WRITTEN: written})

@@ -1,5 +1,6 @@
 """Anomaly detection from the command line: train, tune, detect, and what is refused."""
 
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import pandas as pd
 import PIL.Image
 import pytest
 
+from ldm.applications.detection import Found
+from ldm.commands import detect
 from ldm.data.images import read
 from ldm.model.classifier import Classifier
 from ldm.model.file import read_header, read_tensors, write_model
@@ -84,7 +87,8 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     assert "| classifier |" in (run / "detection/metrics.md").read_text()
     provenance = json.loads((run / "detection/provenance.json").read_text())
     assert provenance["options"]["level"] == chosen["level"]
-    assert provenance["threshold"] == chosen["threshold"]
+    assert provenance["changeable"]["threshold"] == chosen["threshold"]
+    assert (metrics["trained_on_these"], metrics["unit"]) == (0, "patient")
 
     scores = pd.read_csv(run / "detection/scores.tsv", sep="\t")
     name = scores.loc[scores["diseased"] == 1, "participant_id"].iloc[0]
@@ -110,7 +114,20 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     code, text = ldm(*request, "scale=5")
     assert code
     assert "results of another request (" in text
-    assert "options, threshold differ" in text
+    assert "(options differ)" in text
+
+    # what only decides maps and scores may change: they are written anew from what is stored
+    code, text = ldm(*request, "threshold=0.5", "smoothing=1", "score=max")
+    assert not code, text
+    assert stored.stat().st_mtime_ns == time
+    assert np.load(run / f"detection/{name}_anomaly.npy").max() < anomaly.max()
+    again = json.loads((run / "detection/metrics.json").read_text())
+    assert again["protocol"]["score"] == "max"
+    assert again["thresholds"]["classifier"] == 0.5
+    code, text = ldm(*request, "smoothing=1", "evaluate=false")
+    assert not code, text
+    assert not (run / f"detection/{name}_lesion.png").exists()  # the tuned threshold is of other maps
+    assert not (run / "detection/metrics.json").exists()
 
     # patients of the validation split that nothing was chosen on
     code, text = ldm(*request, "split=valid", "compare=false", "out=rest")
@@ -157,9 +174,12 @@ def test_what_choices_were_made_on_is_known_again(trained, ldm, tmp_path):
     kept = tmp_path / "ldm/detection.json"
     chosen = json.loads(kept.read_text())["guides"]["none"]
     assert [row["level"] for row in chosen["sweep"]] == [300]  # of ten moves both begin at the same
-    code, text = ldm(*detect, "out=all", "compare=false")
+    code, text = ldm(*detect, "split=all", "out=all", "compare=false")
     assert not code, text
-    assert json.loads((tmp_path / "all/metrics.json").read_text())["chosen_on_these_images"] is True
+    metrics = json.loads((tmp_path / "all/metrics.json").read_text())
+    assert metrics["chosen_on_these_images"] is True
+    assert metrics["trained_on_these"] > 0
+    assert "the model was trained on" in (tmp_path / "all/metrics.md").read_text()
 
     # other masks are another sweep
     rows = chosen["sweep"]
@@ -211,6 +231,63 @@ def test_a_folder_that_choices_were_made_on_is_known_again(trained, ldm, tmp_pat
     code, text = ldm(*request, "table=table.csv", "out=refused")
     assert code
     assert "'p0-1' has two rows" in text
+
+
+def test_a_case_is_written_as_it_is_done_and_not_kept(trained, ldm, tmp_path, monkeypatch):
+    _, common, _ = trained
+    computed, alive = [], []
+
+    def write(out, *_):
+        computed.append(len(list((out / "model_space").glob("*.npz"))))
+        alive.append(sum(isinstance(one, Found) for one in gc.get_objects()))
+
+    monkeypatch.setattr(detect, "write_case", write)
+    settings = ("guide=none", "level=300", "batch_size=4", "evaluate=false", "shown=2")
+    code, text = ldm("detect", *common, *FAST, *settings, "out=out")
+    assert not code, text
+    assert computed == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4
+    assert max(alive) <= 2  # the one at hand, and the one before it
+
+
+def test_a_folder_is_read_before_anything_is_computed(trained, ldm, tmp_path):
+    run, _, root = trained
+    (tmp_path / "cases").mkdir()
+    for name in ("p0-0", "p0-1", "p1-0", "p1-1"):
+        for channel in ("T1", "FLAIR"):
+            shutil.copy(root / channel / f"{name}.png", tmp_path / f"cases/{name}_{channel}.png")
+    bad = [tmp_path / f"cases/{name}_T1.png" for name in ("p0-1", "p1-0")]
+    for path in bad:
+        PIL.Image.fromarray(np.full((16, 16), 7, np.uint8)).save(path)
+    request = ("detect", f"model={run}/ldm/model.safetensors", "guide=none", "images=cases", *FAST, "out=out")
+    code, text = ldm(*request)
+    assert code
+    assert "2 of 4 images cannot be used" in text
+    assert all(path.name in text for path in bad)
+    assert not (tmp_path / "out/model_space").exists()
+    for name in ("p0-1", "p1-0"):  # taken out, the rest is the request
+        for channel in ("T1", "FLAIR"):
+            (tmp_path / f"cases/{name}_{channel}.png").unlink()
+    code, text = ldm(*request)
+    assert not code, text
+
+    # masks that are empty, and patients that are known or not
+    (tmp_path / "masks").mkdir()
+    for name in ("p0-0", "p1-1"):
+        shutil.copy(root / "mask/p0-0.png", tmp_path / f"masks/{name}.png")
+    table = "participant_id\tdiseased\tsubject\np0-0\t0\ta\np1-1\t1\tb\n"
+    (tmp_path / "table.tsv").write_text(table)
+    code, text = ldm(*request[:-1], "masks=masks", "table=table.tsv", "out=empty")
+    assert code
+    assert "None of the 2 masks to evaluate (p0-0, p1-1) has a label other than 0" in text
+    assert not (tmp_path / "empty/model_space").exists()
+    code, text = ldm(*request, "table=table.tsv")
+    assert not code, text
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["unit"] == "patient"
+    (tmp_path / "table.tsv").write_text(table.replace("subject", "other"))
+    code, text = ldm(*request, "table=table.tsv")
+    assert not code, text
+    assert "each counts as a patient of its own" in text
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["unit"] == "image"
 
 
 @pytest.mark.parametrize(
