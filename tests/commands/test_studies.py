@@ -1,5 +1,7 @@
 """Every study of this repository describes networks that fit each other and take a step, at its own sizes."""
 
+from pathlib import Path
+
 import pytest
 
 from ldm.model.build import PIXELS
@@ -44,6 +46,12 @@ def test_both_stages_take_a_step(study, no_autocast, monkeypatch):
     reconstruction, _, module = step_of_first_stage(config, image_shape)
     assert reconstruction.shape == (1, *image_shape)
     assert all(parameter.grad is not None for parameter in module.network.parameters())
+
+
+def test_what_measures_is_trained_on_moved_crops_and_what_generates_is_not():
+    ours, instruments = composed("hippocampus/ours"), composed("hippocampus/instruments", verb="train-segmenter")
+    assert ours.data.augment.shift == 0 < instruments.data.augment.shift
+    assert instruments.run_dir == str(Path(ours.data.instrument.path).parent)
 
 
 @pytest.mark.parametrize("method", ["lsgan", "vaegan"])
