@@ -90,6 +90,16 @@ def test_a_first_stage_of_masks_is_of_their_values(ldm, pictures, tmp_path):
     assert read_header("runs/made/vae/model.safetensors")["split_sha256"] in text
 
 
+@pytest.mark.slow
+def test_masks_whose_classes_stand_in_another_order_are_encoded_anew(ldm, pictures, tmp_path):
+    settings = [one for one in SETTINGS if not one.startswith("vae.")]
+    asked = ("train-ldm", *settings, IMAGE, "vae=identity", "ldm=segmentation", "ldm.val_samples=0")
+    for number, names in enumerate(("{one: 1, two: 2}", "{two: 2, one: 1}", "{one: 1, two: 2}")):
+        code, text = ldm(*asked, f"data.label_names={names}", f"run_dir=run{number}")
+        assert not code, text
+    assert len([one for one in (tmp_path / "runs/made/latents").iterdir() if one.is_dir()]) == 4  # 2 splits, 2 orders
+
+
 def first_stage(**facts):
     return FirstStage(torch.nn.Identity(), {}, None, facts=facts)
 
