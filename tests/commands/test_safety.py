@@ -74,7 +74,7 @@ def test_every_target_of_the_configuration_is_allowed():
         ({"ldm": json.dumps({"format_version": 1, "kind": "first_stage"})}, "of kind 'first_stage'"),
         (
             {"ldm": json.dumps({"format_version": 1, "kind": "latent_diffusion"})},
-            "whole model .KeyError: 'latent_shape'",
+            "whole model .KeyError: 'distribution'",
         ),
     ],
 )

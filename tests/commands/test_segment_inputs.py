@@ -50,5 +50,5 @@ def test_the_numbers_say_whose_they_are(tmp_path, monkeypatch, column, unit):
     monkeypatch.setattr(segment, "evaluate", lambda *_: {})
     for name, made in (("differences", {}), ("report", "report.html"), ("verdict", ())):
         monkeypatch.setattr(segment, name, lambda *_, made=made: made)
-    segment.measure(OmegaConf.create({**SETTINGS, "images": "{file}"}), SOURCE, [], tmp_path)
+    segment.measure(OmegaConf.create({**SETTINGS, "images": "{file}"}), SOURCE, [], tmp_path, {})
     assert json.loads((tmp_path / segment.METRICS).read_text())["unit"] == unit

@@ -121,7 +121,9 @@ def test_one_patient_has_no_interval():
     }
     alone = detection_metrics(maps, maps.max((1, 2)), Reference(lonely.diseased, ["p0"] * 12), 0.5, resamples=20)
     assert all(one["interval"] is None for one in alone.values())
-    assert markdown({"methods": {"free": alone}}).splitlines()[-1].count("(n/a)") == len(alone)
+    assert markdown({"methods": {"free": alone}, "images": {"diseased": 12}}).splitlines()[-1].count("(n/a)") == len(
+        alone
+    )
 
 
 def test_one_class_is_refused():
