@@ -25,7 +25,8 @@ from ldm.applications.release import (
 from ldm.applications.release.claims import Claims, born
 from ldm.applications.release.files import gzipped, read_sums
 from ldm.applications.release.work import worker_share
-from ldm.commands.evaluate import Setup, facts
+from ldm.commands.evaluate import facts
+from ldm.commands.evaluation_images import Setup
 from ldm.errors import LdmError
 from tests.applications.tiny_release import AFFINE, N, content, tiny_model, tiny_plan
 from tests.evaluation.test_report import FULL, distances

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ldm.commands import evaluate
+from ldm.commands import evaluate, evaluation_images
 from ldm.commands.evaluate import keep_nearest
 from ldm.commands.held_out import evenly_first, read_sample
 from ldm.data.draft import Record
@@ -100,16 +100,16 @@ def conditions(monkeypatch):
         preprocessing=recipe, header={}, reconstructs=True, reconstruct=lambda images, rows: images + 0.5
     )
     records = [Record("a", "a", {}, None, {}, "test")]
-    monkeypatch.setattr(evaluate, "held_out_set", lambda *_: (ImageSet([loaded], [{}], ["a"]), records))
-    monkeypatch.setattr(evaluate, "generated", lambda setup, real, records: (real, {}))
-    monkeypatch.setattr(evaluate, "draw_samplers", lambda *_: {})
+    monkeypatch.setattr(evaluation_images, "held_out_set", lambda *_: (ImageSet([loaded], [{}], ["a"]), records))
+    monkeypatch.setattr(evaluation_images, "generated", lambda setup, real, records: (real, {}))
+    monkeypatch.setattr(evaluation_images, "draw_samplers", lambda *_: {})
     config = SimpleNamespace(n=1, n_ref=1, seed=0)
     return SimpleNamespace(model=model, datamodule=None, network=None, config=config, samplers={}, path=None), loaded
 
 
 def test_real_images_are_measured_as_files_give_them_back_and_the_first_stage_without_files(conditions):
     setup, loaded = conditions
-    images, recipe = evaluate.drawn_images(setup), setup.model.preprocessing
+    images, recipe = evaluation_images.drawn_images(setup), setup.model.preprocessing
     written = as_written(recipe, loaded)
     assert np.abs(written - loaded).max() > 0.1
     np.testing.assert_array_equal(images.real.images, [written])
@@ -122,7 +122,7 @@ def test_distances_are_of_images_that_went_through_files_once(conditions, monkey
     setup, loaded = conditions
     given = {}
     monkeypatch.setattr(evaluate, "model_distances", lambda *sets, **more: given.update(more, sets=sets))
-    images = evaluate.drawn_images(setup)
+    images = evaluation_images.drawn_images(setup)
     evaluate.distances(setup, images)
     _, _, _, real, rebuilt, _ = given["sets"]
     assert real is images.real.images
