@@ -39,6 +39,7 @@ from ldm.evaluation.distances import (
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
 from ldm.evaluation.instruments import find_instruments, instrument_hashes, merged
+from ldm.evaluation.reconstruction import reconstructions
 from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
 from ldm.model.file import package_versions, read_header
@@ -370,9 +371,7 @@ def first_stage_rows(measure: Measure, entry: Entry, subjects: HeldOut, suffix: 
     load = functools.cache(entry.load)  # once, if at all, and gone with this function
 
     def rebuilt() -> list[np.ndarray]:
-        pairs = track(list(zip(subjects.images, subjects.rows, strict=True)), "reconstructing")
-        images = (load().reconstruct(torch.from_numpy(image)[None], [row]) for image, row in pairs)
-        return [written(image[0].clamp(*measure.value_range).float().cpu().numpy()) for image in images]
+        return [written(image) for image in reconstructions(load(), subjects.images, subjects.rows)]
 
     def decoded() -> list[np.ndarray]:
         return [written(image) for image in prior_images(load(), len(subjects.rows), seed)]
