@@ -12,10 +12,10 @@ import numpy as np
 
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
-from ldm.data.images import NIFTI_SUFFIXES, SUFFIXES
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import Covariate
+from ldm.data.stored import NIFTI_SUFFIXES, SUFFIXES
 from ldm.data.table import read_table
 from ldm.errors import LdmError, nearest
 

@@ -20,6 +20,7 @@ from ldm.data import images
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
+from ldm.data.nifti import in_space
 from ldm.data.prepare import write_table
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.stacks import Cut
@@ -346,11 +347,12 @@ def write_result(out: Path, record: Record, result: Result, source: Source, geom
         arrays = {"mean": result.mean, "variance": result.variance, "entropy": result.entropy, "members": members}
         write_npz(out / f"{record.id}.npz", arrays)
     else:
+        space = geometry.original_affine, geometry.space_code
         written = {"mean": result.mean, "variance": result.variance[None], "entropy": result.entropy[None]}
         for name, array in written.items():
-            images.write(out / f"{record.id}_{name}.nii.gz", _nifti(array.astype(np.float32), geometry))
-        images.write(out / f"{record.id}_members.nii.gz", _nifti(members, geometry))
-        images.write(out / f"{record.id}_dseg.nii.gz", _nifti(stored[None], geometry))
+            images.write(out / f"{record.id}_{name}.nii.gz", in_space(array.astype(np.float32), *space))
+        for name, array in {"members": members, "dseg": stored[None]}.items():
+            images.write(out / f"{record.id}_{name}.nii.gz", in_space(array, *space, labels=True))
     write_json(_volumes_file(out, record), volumes(result, source.classes))
 
 
@@ -424,15 +426,3 @@ def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     write_table(path, COLUMNS, [[cell(row[column]) for column in COLUMNS] for row in rows])
     return path
-
-
-def _nifti(array: np.ndarray, geometry: Geometry) -> nib.Nifti1Image:
-    """``(C, *file)`` as a NIfTI image of the subject's space."""
-    last = array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1))
-    known = geometry.original_affine is not None
-    image = nib.Nifti1Image(last, np.array(geometry.original_affine) if known else np.eye(4))
-    code = geometry.space_code if known else 0
-    image.set_sform(image.affine, code=code)
-    image.set_qform(image.affine, code=code)
-    image.header.set_xyzt_units("mm")
-    return image

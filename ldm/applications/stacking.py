@@ -82,8 +82,9 @@ def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result
         "entropy": {index: one.entropy[None].astype(np.float32) for index, one in results.items()},
     }
     for part, slices in parts.items():
-        fill = 0 if part in ("dseg", "members") else np.nan
-        images.write(folder / f"{name}_{part}.nii.gz", put_back(cut.path, cut.plane, slices, fill))
-    labels = np.stack([one.labels for one in results.values()])  # (N, H, W)
+        labels = part in ("dseg", "members")
+        volume = put_back(cut.path, cut.plane, slices, 0 if labels else np.nan, labels)
+        images.write(folder / f"{name}_{part}.nii.gz", volume)
+    indices = np.stack([one.labels for one in results.values()])  # (N, H, W)
     members = np.stack([one.members for one in results.values()], 1)  # (M, N, H, W)
-    return Result(labels, members, *[np.empty(0)] * 3, cut.spacing)
+    return Result(indices, members, *[np.empty(0)] * 3, cut.spacing)

@@ -18,7 +18,7 @@ from ldm.commands.stages import cohort_datamodule, prepared
 from ldm.commands.train_classifier import expect_cohort_of, find_target, take_networks
 from ldm.data.cohort_config import SPLITS
 from ldm.data.draft import Record
-from ldm.data.images import split_reference
+from ldm.data.stored import split_reference
 from ldm.data.table import read_table
 from ldm.diffusion.checks import check_choice
 from ldm.errors import LdmError

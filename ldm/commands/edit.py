@@ -23,7 +23,7 @@ from ldm.commands.sample import (
     provenance_of,
     sampling_options,
 )
-from ldm.data.images import split_reference
+from ldm.data.stored import split_reference
 from ldm.diffusion.checks import check_number
 from ldm.errors import LdmError
 from ldm.model.editing import Edit, Editing, between

@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 from ldm.commands.run import check_counts, plain, require_file
 from ldm.conditioning.build import SETTINGS
-from ldm.data.images import read, split_reference
+from ldm.data.images import read
+from ldm.data.stored import split_reference
 from ldm.data.table import Table, expect_no_misspelt_column, read_table
 from ldm.errors import LdmError, nearest
 from ldm.model.file import read_header

@@ -35,7 +35,7 @@ from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
 from ldm.data.draft import Record
-from ldm.data.images import split_reference
+from ldm.data.stored import split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.model.file import read_header

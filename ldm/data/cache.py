@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import track
 
-from ldm.data import images
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.stored import split_reference
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _index(
 
 def _signatures(records: Sequence[Record]) -> list[list[Any]]:
     """[path, bytes, time stamp in ns] of every file that the records name, once each."""
-    paths = {images.split_reference(reference)[0] for record in records for reference in record.references}
+    paths = {split_reference(reference)[0] for record in records for reference in record.references}
     signatures = []
     for path in sorted(paths):
         try:

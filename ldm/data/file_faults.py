@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data import images
 from ldm.data.draft import Draft, Record, shown
 from ldm.data.faults import Fault
 from ldm.data.inspection import FileFacts, corner_shift
 from ldm.data.preprocessing import GRID_TOLERANCE
+from ldm.data.stored import split_reference
 
 SPACING_TOLERANCE = 0.01
 """Relative difference from the cohort's spacing that needs resampling."""
@@ -180,7 +180,7 @@ def files_without_row(draft: Draft) -> list[Fault]:
     """Files that a template could name and no row does."""
     if not draft.readable:
         return []
-    named = {images.split_reference(ref)[0] for record in draft.records for ref in record.references}
+    named = {split_reference(ref)[0] for record in draft.records for ref in record.references}
     remedy = "add a row to the table, or nothing if the file is left out on purpose"
     return [
         Fault(name, "file-without-row", f"matches data.{key} and no row names it", remedy)

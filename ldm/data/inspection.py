@@ -21,6 +21,8 @@ from rich.progress import track
 from ldm.data import images
 from ldm.data.draft import Draft
 from ldm.data.intensity import IntensityRecipe
+from ldm.data.nifti import affine_mm, spans_space
+from ldm.data.stored import NIFTI_SUFFIXES, READ_ERRORS, cause, split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
 
@@ -129,7 +131,7 @@ class FileReader:
     def _key(self, ref: str, role: str) -> str:
         """Everything that the facts depend on."""
         try:
-            stat = images.split_reference(ref)[0].stat()
+            stat = split_reference(ref)[0].stat()
             state = [stat.st_size, stat.st_mtime_ns]
         except OSError:
             state = []
@@ -145,7 +147,7 @@ def inspect(ref: str, role: str, spatial_dims: int, recipe: IntensityRecipe) -> 
         spatial_dims: 2 or 3, as the cohort says.
         recipe: intensity recipe that images have to fit.
     """
-    path, _ = images.split_reference(ref)
+    path, _ = split_reference(ref)
     if not path.is_file():
         return FileFacts("missing-file", "there is no such file")
     header = _inspect_header(path)
@@ -181,21 +183,21 @@ def _rows(affine: Any) -> tuple[tuple[float, ...], ...]:
 
 def _inspect_header(path: Path) -> FileFacts:
     """Compare the two affines of a NIfTI header, and find one without an inverse."""
-    if not path.name.lower().endswith(images.NIFTI_SUFFIXES):
+    if not path.name.lower().endswith(NIFTI_SUFFIXES):
         return FileFacts()
     try:
         nifti = nib.load(path)
         # What else may have such a name, e.g. CIFTI, is refused in words when it is read.
         return _inspect_forms(nifti) if isinstance(nifti, nib.Nifti1Pair) else FileFacts()
-    except images.READ_ERRORS as error:
-        return FileFacts("unreadable", f"cannot be read as NIfTI ({images.cause(error)})")
+    except READ_ERRORS as error:
+        return FileFacts("unreadable", f"cannot be read as NIfTI ({cause(error)})")
 
 
 def _inspect_forms(nifti: nib.Nifti1Image) -> FileFacts:
     sform, qform = nifti.get_sform(coded=True), nifti.get_qform(coded=True)
-    affine = images.affine_mm(nifti)
+    affine = affine_mm(nifti)
     determinant = float(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else float("nan")
-    if not images.spans_space(affine):
+    if not spans_space(affine):
         return FileFacts("singular-affine", f"the affine has determinant {determinant:g}: voxels have no size")
     if sform[0] is None or qform[0] is None:
         return FileFacts()

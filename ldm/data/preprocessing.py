@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
-import ldm
 from ldm.data import images
 from ldm.data.geometry import (
     Geometry,
@@ -28,6 +27,8 @@ from ldm.data.geometry import (
     smallest_shape,
 )
 from ldm.data.intensity import IntensityRecipe
+from ldm.data.nifti import channels_last, in_space
+from ldm.data.stored import Header, Image
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class Preprocessing:
         return np.stack(placed)
 
     def _place(
-        self, channels: Sequence[tuple[np.ndarray, str]], stored: Mapping[str, images.Image]
+        self, channels: Sequence[tuple[np.ndarray, str]], stored: Mapping[str, Image]
     ) -> tuple[np.ndarray, Geometry]:
         geometry = self._plan(_header(next(iter(stored.values()))))
         return self.bring(self._scale(channels), geometry), geometry
@@ -236,7 +237,7 @@ class Preprocessing:
     def _scale(self, channels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
         return np.stack([self.intensity.apply(channel, name) for channel, name in channels])
 
-    def _place_labels(self, stored: images.Image, ref: str) -> np.ndarray:
+    def _place_labels(self, stored: Image, ref: str) -> np.ndarray:
         values = np.rint(stored.array)
         if len(values) != 1 or not (values == stored.array).all() or values.min() < 0 or values.max() > 255:
             raise LdmError(
@@ -273,8 +274,9 @@ class Preprocessing:
             array = array.astype(np.float32)
             restored = geometry.undo(array, fill=self.intensity.background(array))
         if self.spatial_dims == 2:
-            return _last(restored if labels else self._to_bytes(restored))
-        return _nifti(restored if labels else self.intensity.invert(restored), geometry, labels)
+            return channels_last(restored if labels else self._to_bytes(restored))
+        voxels = restored if labels else self.intensity.invert(restored)
+        return in_space(voxels, geometry.original_affine, geometry.space_code, labels)
 
     def _to_bytes(self, array: np.ndarray) -> np.ndarray:
         a, b = self.shown_range
@@ -321,7 +323,7 @@ class Preprocessing:
         if self.shape is None or self.reference is None:
             raise LdmError("the preprocessing has no shape yet; call fit(records) first.")
 
-    def _headers(self, record: Record) -> dict[str, images.Header]:
+    def _headers(self, record: Record) -> dict[str, Header]:
         headers = {name: images.read_header(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()}
         _expect_one_grid(record.id, headers)
         for ref, header in zip(record.images.values(), headers.values(), strict=True):
@@ -334,7 +336,7 @@ class Preprocessing:
                 raise LdmError(f"{ref}: has no affine; set data.orientation and data.spacing_mm to null or use NIfTI.")
         return headers
 
-    def _plan(self, header: images.Header) -> Geometry:
+    def _plan(self, header: Header) -> Geometry:
         return Geometry.plan(
             header.shape[1:],
             header.affine,
@@ -358,11 +360,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float) else list(value)
 
 
-def _header(image: images.Image) -> images.Header:
-    return images.Header(image.array.shape, image.affine, image.facts)
+def _header(image: Image) -> Header:
+    return Header(image.array.shape, image.affine, image.facts)
 
 
-def _channel_names(headers: Mapping[str, images.Header]) -> tuple[str, ...]:
+def _channel_names(headers: Mapping[str, Header]) -> tuple[str, ...]:
     """``T1`` for a one-channel file, ``image_0``, ``image_1``, ... for several, ``image_red``, ... for RGB pictures."""
     names: list[str] = []
     for name, header in headers.items():
@@ -386,7 +388,7 @@ def _corners(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
     return nib.affines.apply_affine(np.array(affine), indices)
 
 
-def _expect_one_grid(record_id: str, headers: Mapping[str, images.Header]) -> None:
+def _expect_one_grid(record_id: str, headers: Mapping[str, Header]) -> None:
     (first_name, first), *others = headers.items()
     for name, header in others:
         reason = _difference(first, header)
@@ -397,7 +399,7 @@ def _expect_one_grid(record_id: str, headers: Mapping[str, images.Header]) -> No
             )
 
 
-def _difference(first: images.Header, second: images.Header) -> str | None:
+def _difference(first: Header, second: Header) -> str | None:
     """How two grids differ; slices also by the volumes that they are cut from."""
     pairs = [((first.shape[1:], first.affine), (second.shape[1:], second.affine))]
     if "volume" in first.facts and "volume" in second.facts:
@@ -437,22 +439,3 @@ def _warn_of_cropping(records: Sequence[Record], ways_in: Sequence[Geometry]) ->
             ways_in[0].shape,
             cropped[0],
         )
-
-
-def _last(array: np.ndarray) -> np.ndarray:
-    """(C, *S) -> (*S) for one channel, (*S, C) for several."""
-    return array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1))
-
-
-def _nifti(array: np.ndarray, geometry: Geometry, labels: bool) -> nib.Nifti1Image:
-    affine, code = geometry.original_affine, geometry.space_code
-    image = nib.Nifti1Image(_last(array), np.eye(4) if affine is None else np.array(affine))
-    # Code 0 says that the place in space is unknown, which is the truth about an array without an affine.
-    code = 0 if affine is None else code
-    image.set_sform(image.affine, code=code)
-    image.set_qform(image.affine, code=code)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = f"ldm {ldm.__version__} {'labels' if labels else 'image'}".encode()
-    if labels:
-        image.header.set_intent("label")
-    return image

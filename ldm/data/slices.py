@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ldm.data.images import PLANES, SEPARATOR
+from ldm.data.nifti import PLANES
+from ldm.data.stored import SEPARATOR
 from ldm.data.table import Table
 from ldm.data.templates import Template
 from ldm.errors import LdmError, nearest

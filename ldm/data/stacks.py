@@ -10,12 +10,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ldm.data.images import NIFTI_SUFFIXES, PLANES, read_header, split_reference
+from ldm.data.images import read_header
+from ldm.data.nifti import PLANES, in_space
+from ldm.data.stored import NIFTI_SUFFIXES, split_reference
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a slice was cut out: a NIfTI file, a plane of :data:`ldm.data.images.PLANES`, and its number across it."""
+    """Where a slice was cut out: a NIfTI file, a plane of :data:`ldm.data.nifti.PLANES`, and its number across it."""
 
     path: Path
     plane: str
@@ -43,7 +45,9 @@ class Cut:
         return float(second), float(first), float(sizes[axis])  # images.read turns the second axis upright
 
 
-def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float = 0.0) -> nib.Nifti1Image:
+def put_back(
+    path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float = 0.0, labels: bool = False
+) -> nib.Nifti1Image:
     """A volume on the grid of the file that slices were cut from, with the slices in their places.
 
     Args:
@@ -51,6 +55,7 @@ def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: flo
         plane: which way they were cut.
         slices: number -> ``(C, H, W)`` as :func:`ldm.data.images.read` gives slices, at full resolution.
         fill: value of what is in none of them.
+        labels: whether the values are classes.
 
     Returns:
         ``(I, J, K)``, or ``(I, J, K, C)`` of several channels, along the axes of the file and with its affine.
@@ -62,13 +67,9 @@ def put_back(path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: flo
     for index, one in slices.items():
         ras[(slice(None), *(index if i == axis else slice(None) for i in range(3)))] = np.rot90(one, -1, axes=(1, 2))
     back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), orientation)
-    stored = np.stack([nib.apply_orientation(channel, back) for channel in ras], -1)  # (I, J, K, C)
-    image = nib.Nifti1Image(stored[..., 0] if len(first) == 1 else stored, header.affine)
+    stored = np.stack([nib.apply_orientation(channel, back) for channel in ras])  # (C, I, J, K)
     code = int(header.facts["sform_code"] or header.facts["qform_code"])
-    image.set_sform(header.affine, code=code)
-    image.set_qform(header.affine, code=code)
-    image.header.set_xyzt_units("mm")
-    return image
+    return in_space(stored, header.affine, code, labels)
 
 
 def _ras_order(affine: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ldm.data.images import SEPARATOR
+from ldm.data.stored import SEPARATOR
 from ldm.errors import LdmError, nearest
 
 FORMS = ("", "path", "stem")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ldm.evaluation.audit import AuditResult, Scans
+from ldm.evaluation.pages import embedded, template
 from ldm.files import write_text
 from ldm.training import figures
 
@@ -52,22 +51,14 @@ def audit_fragment(content: Mapping[str, Any], pictures: Mapping[str, Path] | No
         content: of ``audit.json``, see :meth:`AuditResult.to_dict`.
         pictures: space -> file, embedded; None leaves them out, and with them every training scan.
     """
-    embedded = {name: _embed(path) for name, path in (pictures or {}).items()}
-    return _render("audit.html", content, embedded)
+    return _render("audit.html", content, pictures or {})
 
 
 def write_audit_page(path: Path, content: Mapping[str, Any], pictures: Mapping[str, Path]) -> Path:
     """Write the audit's own page, atomically; arguments as in :func:`audit_fragment`."""
-    page = _render("audit_page.html", content, {name: _embed(picture) for name, picture in pictures.items()})
-    return write_text(path, page)
+    return write_text(path, _render("audit_page.html", content, pictures))
 
 
-def _render(template: str, content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    environment = Environment(
-        loader=PackageLoader("ldm.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template(template).render(audit=content, pictures=pictures, caution=CAUTION)
-
-
-def _embed(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+def _render(name: str, content: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
+    inside = {space: embedded(path) for space, path in pictures.items()}
+    return template(name).render(audit=content, pictures=inside, caution=CAUTION)

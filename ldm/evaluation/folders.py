@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ldm.data.draft import Record
-from ldm.data.images import NUMPY_SUFFIXES, SEPARATOR, SUFFIXES
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.stored import NUMPY_SUFFIXES, SEPARATOR, SUFFIXES
 from ldm.errors import LdmError
 from ldm.evaluation.distances import SMALLEST, blurred, compare, too_few
 from ldm.evaluation.features import FeatureNetwork, extract

@@ -7,22 +7,19 @@ a report too, and an audit that comes later only needs :func:`write_report` agai
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
 from ldm.errors import LdmError
 from ldm.evaluation import goals, masks
 from ldm.evaluation.audit_report import NEAREST, audit_fragment
+from ldm.evaluation.pages import embedded, template
 from ldm.files import write_text
 
 CURVES = {"curves_first_stage.png": "first stage", "curves_model.png": "model"}
 AUDIT = "audit.json"
-METRICS = {"frechet": "Fréchet distance", "frechet_ratio": "times the floor", "kid": "KID", "mmd": "MMD"}
 
 
 def write_report(folder: Path) -> Path:
@@ -46,7 +43,7 @@ def write_report(folder: Path) -> Path:
     found, figures = goals.verdicts(metrics, audit), folder / "figures"
     nearest = {name: figures / NEAREST.format(name) for name in (audit or {}).get("spaces", ())}
     nearest = {name: path for name, path in nearest.items() if path.is_file()}
-    page = _template("report.html").render(
+    page = template("report.html").render(
         metrics=metrics,
         verdicts=found,
         overall=goals.overall(found),
@@ -62,7 +59,7 @@ def write_report(folder: Path) -> Path:
         sweeps={name: _sweep(name, entry, figures) for name, entry in metrics.get("sweep", {}).items()},
         audit=audit_fragment(audit, nearest) if audit and "spaces" in audit else None,
         nearest=nearest,
-        curves=[(title, _embed(figures / name)) for name, title in CURVES.items() if (figures / name).is_file()],
+        curves=[(title, embedded(figures / name)) for name, title in CURVES.items() if (figures / name).is_file()],
         protocol=_protocol(metrics),
     )
     return write_text(folder / "report.html", page)
@@ -78,7 +75,7 @@ def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapp
         goal: largest ratio to the floor.
     """
     found = [goals.realism(distances, goal)]
-    page = _template("folders.html").render(
+    page = template("folders.html").render(
         real=real,
         synthetic=synthetic,
         verdicts=found,
@@ -89,22 +86,22 @@ def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapp
     return write_text(path, page)
 
 
-def write_page(path: Path, template: str, pictures: Mapping[str, Path], **content: Any) -> Path:
+def write_page(path: Path, name: str, pictures: Mapping[str, Path], **content: Any) -> Path:
     """Write a page of another template; ``pictures`` are embedded under their names."""
-    embedded = {name: _embed(picture) for name, picture in pictures.items()}
-    return write_text(path, _template(template).render(pictures=embedded, **content))
+    inside = {title: embedded(picture) for title, picture in pictures.items()}
+    return write_text(path, template(name).render(pictures=inside, **content))
 
 
 def _images(figures: Path) -> list[tuple[str, str]]:
     """Captions and pictures: pairs side by side, or, in an older evaluation, one mosaic after the other."""
     if (figures / "pairs.png").is_file():
         caption = "Real held-out images, and at the right of each the generated one with the same covariates."
-        return [(caption, _embed(figures / "pairs.png"))]
+        return [(caption, embedded(figures / "pairs.png"))]
     captions = {
         "real.png": "Real held-out images.",
         "samples.png": "Generated images, in the same order, asked for the covariates of these.",
     }
-    return [(text, _embed(figures / name)) for name, text in captions.items() if (figures / name).is_file()]
+    return [(text, embedded(figures / name)) for name, text in captions.items() if (figures / name).is_file()]
 
 
 def _of_kind(metrics: Mapping[str, Any], figures: Path, kind: str) -> dict[str, dict[str, Any]]:
@@ -113,13 +110,13 @@ def _of_kind(metrics: Mapping[str, Any], figures: Path, kind: str) -> dict[str, 
     for name, entry in metrics.get("fidelity", {}).items():
         if entry.get("kind", "continuous") == kind:
             names = [figures / f"measured_{which}_{name}.png" for which in ("real", "samples")]
-            found[name] = {"share": None, **entry, "pictures": [_embed(path) for path in names if path.is_file()]}
+            found[name] = {"share": None, **entry, "pictures": [embedded(path) for path in names if path.is_file()]}
     return found
 
 
 def _sweep(name: str, entry: Mapping[str, Any], figures: Path) -> dict[str, Any]:
     names = [figures / f"sweep_{name}.png", *(figures / f"sweep_{name}_{title}.png" for title in entry["measured"])]
-    return {**entry, "pictures": [_embed(path) for path in names if path.is_file()]}
+    return {**entry, "pictures": [embedded(path) for path in names if path.is_file()]}
 
 
 def _protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -136,19 +133,6 @@ def _protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 def _indented(part: Any) -> str:
     return json.dumps(part, indent=1, ensure_ascii=False)
-
-
-def _template(name: str) -> Template:
-    environment = Environment(
-        loader=PackageLoader("ldm.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": goals.number, "percent": goals.percent}
-    environment.globals |= {"metric_names": METRICS, "other_split": goals.OTHER_SPLIT}
-    return environment.get_template(name)
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any] | None:
@@ -168,8 +152,3 @@ def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if masks.SAMPLES in means:
             lines.append(f"{name}, Dice: " + "; ".join(f"{row} {mean}" for row, mean in means.items()) + ".")
     return lines
-
-
-def _embed(path: Path) -> str:
-    kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-    return f"data:image/{kind};base64," + base64.b64encode(Path(path).read_bytes()).decode()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data.images import READ_ERRORS, cause
+from ldm.data.stored import READ_ERRORS, cause
 from ldm.errors import LdmError
 from ldm.files import read_json
 from ldm.networks.frozen import freeze

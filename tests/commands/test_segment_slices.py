@@ -173,6 +173,7 @@ def test_slices_of_volumes_come_back_as_volumes(ldm, tmp_path):
     name = "BraTS2021_00002"
     stacked = {part: nib.load(f"out/stacked/{name}_{part}.nii.gz") for part in ("dseg", "members", "mean", "variance")}
     assert [image.shape[3:] for image in stacked.values()] == [(), (3,), (), ()]  # one class
+    assert [one.header.get_intent()[0] for one in stacked.values()] == ["label", "label", "none", "none"]
     found = np.asarray(stacked["dseg"].dataobj)
     assert found.any()
     np.testing.assert_allclose(stacked["dseg"].affine, affine)

@@ -48,6 +48,8 @@ def test_volumes(ldm, tiny, tmp_path, cohort_root):
         "members": (*stored.shape, 2),
     }
     assert all(np.allclose(one.affine, stored.affine) for one in written.values())
+    labels = [name for name, one in written.items() if one.header.get_intent()[0] == "label"]
+    assert sorted(labels) == ["sub-000001_dseg.nii.gz", "sub-000001_members.nii.gz"]
     dseg = np.asarray(written["sub-000001_dseg.nii.gz"].dataobj)
     table = pd.read_csv(tmp_path / "found/volumes.tsv", sep="\t")
     assert table["class"].tolist() == list(model.classes.names)

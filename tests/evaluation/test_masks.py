@@ -18,7 +18,8 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.evaluation.fidelity import ImageSet
 from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter, other_subjects, summary
-from ldm.evaluation.report import _template, masks_in_words
+from ldm.evaluation.pages import template
+from ldm.evaluation.report import masks_in_words
 from ldm.model.segmenter import Segmenter, build_segmenter
 
 CLASSES = LabelClasses.from_config({"left": 10, "right": [20, 21]})
@@ -164,7 +165,7 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
         found = mask_agreement(setup, images)
     assert [found["labels"]["left"][row]["n"] for row in (SAMPLES, HELD_OUT, REBUILT, CHANCE)] == [2] * 4
     assert "Dice of left: samples" in caplog.text
-    page = _template("masks.html").render(masks=found)
+    page = template("masks.html").render(masks=found)
     assert page.count("<td>left</td>") == 4
     assert f"{found['labels']['left'][SAMPLES]['mean']:.3f}" in page
     alone = replace(shown, subjects=["a", "a"])
@@ -173,6 +174,6 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
     config.data.instrument = None
     found = mask_agreement(setup, images)
     assert "data.instrument is not set" in caplog.text
-    assert "No Dice: data.instrument is not set" in _template("masks.html").render(masks=found)
+    assert "No Dice: data.instrument is not set" in template("masks.html").render(masks=found)
     records[1] = replace(records[1], labels=None)
     assert "data.labels" in mask_agreement(setup, images)["left_out"]

@@ -14,7 +14,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.distances import BETTER
 from ldm.evaluation.goals import generated_row, verdicts
 from ldm.evaluation.masks import HELD_OUT, SAMPLES
-from ldm.evaluation.report import METRICS
+from ldm.evaluation.pages import METRICS
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 AGREEMENT = {"accuracy": "share of levels", "r": "r", "slope": "slope", "mae": "mean error"}
