@@ -38,7 +38,7 @@ from ldm.evaluation.distances import (
     too_few,
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
-from ldm.evaluation.instruments import find_instruments, instrument_hashes, merged
+from ldm.evaluation.instruments import OfAnotherSplit, find_instruments, instrument_hashes, merged
 from ldm.evaluation.reconstruction import reconstructions
 from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
@@ -147,6 +147,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         subjects=[record.subject for record in subjects.records],
         reference_subjects=[train[position].subject for position in chosen],
     )
+    if measure.of_another_split:
+        table["protocol"] |= {"of_another_split": list(measure.of_another_split)}
     for name, row in rows.items():
         table["rows"][name] |= row.facts
     groups = {entry.group: [one.name for one in entries if one.group == entry.group] for entry in entries}
@@ -258,7 +260,9 @@ def build_measure(
         "seed": config.seed,
     }
     whose = [record.subject for record in subjects.records]
-    return Measure(network, merged(found), datamodule.schema, subjects.rows, whose, recipe.shown_range, folder, key)
+    foreign = [title for title, one in found.items() if isinstance(one, OfAnotherSplit)]
+    shared = datamodule.schema, subjects.rows, whose, recipe.shown_range, folder, key, foreign
+    return Measure(network, merged(found), *shared)
 
 
 def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> np.ndarray:

@@ -218,7 +218,8 @@ def mask_agreement(setup: Setup, images: Images) -> dict[str, Any]:
     for label, rows in found["labels"].items():
         shown = {name: f"{rows[row]['mean']:.3f}" for name, row in MASK_ROWS.items() if rows.get(row, {}).get("n")}
         logger.info("Dice of %s: %s.", label, ", ".join(f"{name} {mean}" for name, mean in shown.items()))
-    return {**found, "segmenter_sha256": read_header(path)["tensors_sha256"]}
+    same = segmenter.facts.get("split_sha256") == setup.datamodule.cohort.split_hash
+    return {**found, "segmenter_sha256": read_header(path)["tensors_sha256"], "trained_on_split": same}
 
 
 def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:

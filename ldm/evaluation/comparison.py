@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ldm.data.schema import Covariate, CovariateSchema
+from ldm.evaluation import goals
 from ldm.evaluation.agreement import agreement, level_agreement
 from ldm.evaluation.distances import over_seeds
 from ldm.evaluation.diversity import nearest_pairs, spread
@@ -72,6 +73,7 @@ class Measure:
         value_range: of the images.
         folder: where measured rows are kept.
         key: what all rows depend on; JSON-safe.
+        of_another_split: titles of instruments that may know some of the held-out images.
     """
 
     network: FeatureNetwork
@@ -82,6 +84,7 @@ class Measure:
     value_range: tuple[float, float]
     folder: Path
     key: Mapping[str, Any]
+    of_another_split: Sequence[str] = ()
 
     def file_name(self, name: str, key: Mapping[str, Any]) -> str:
         """A name for what belongs to a row, which no other row has and a row of another key neither."""
@@ -195,7 +198,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         count = len(next(iter(metrics.values()))["values"])
         lines += ["", f"{name}, mean ± standard deviation of {count} models: {'; '.join(shown)}."]
     lines += ["", "Every number depends on all of this; compare rows of this table, not tables.", ""]
-    lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items()]
+    lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items() if name != "of_another_split"]
+    if protocol.get("of_another_split"):
+        lines += ["", f"{', '.join(protocol['of_another_split'])}: {goals.OTHER_SPLIT}"]
     for metric, names in table["untrusted"].items():
         lines += ["", f"{metric} cannot be trusted here: it ranks {' and '.join(names)} above real images."]
     return "\n".join(lines) + "\n"

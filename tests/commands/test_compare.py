@@ -19,6 +19,7 @@ from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.evaluation.audit import Scans
 from ldm.evaluation.comparison import markdown
+from ldm.evaluation.instruments import OfAnotherSplit
 from ldm.model.load import load_generative
 from tests.evaluation.test_distances import Texture
 from tests.model.test_gan_model import AGE, KIND, gan
@@ -126,7 +127,7 @@ def test_rows_of_other_channels_have_other_names(tmp_path, subjects):
     assert one != two
 
 
-def test_the_table_says_where_each_row_was_timed():
+def test_the_table_says_where_each_row_was_timed_and_what_is_of_another_split():
     numbers = dict.fromkeys(("frechet", "kid", "precision", "recall", "frechet_ratio"), 1.0)
     numbers |= {f"{name}_interval": [0.0, 2.0] for name in ("frechet", "kid", "frechet_ratio")}
     rows = {name: {**numbers, "seconds_a_sample": 0.5, "timed_on": "CUDA"} for name in ("A", "B")}
@@ -140,6 +141,9 @@ def test_the_table_says_where_each_row_was_timed():
     assert "* seconds_a_sample: batches of 4\n" in text
     assert [" 0.5 (CUDA) |" in line for line in text.splitlines() if line.startswith(("| A", "| B"))] == [True, False]
     assert " 0.5 (CPU, 2 threads) |" in text
+    assert "another split" not in text
+    table["protocol"]["of_another_split"] = ["segmenter"]
+    assert "\nsegmenter: The instrument was trained on another split" in markdown(table)
 
 
 # what is refused ----------------------------------------------------------------------------------------
@@ -189,3 +193,7 @@ def test_instruments_are_for_the_channels_that_models_generate(tmp_path, monkeyp
     network, config = SimpleNamespace(identity={"sha256": "0"}), OmegaConf.create({"data": {}, "seed": 0})
     build_measure(config, datamodule, recipe, network, HeldOut([], [], []), tmp_path)
     assert given == [recipe]
+    found = {"segmenter": OfAnotherSplit(dict), "ventricles": dict}
+    monkeypatch.setattr(compare, "find_instruments", lambda *_: found)
+    measure = build_measure(config, datamodule, recipe, network, HeldOut([], [], []), tmp_path)
+    assert measure.of_another_split == ["segmenter"]

@@ -160,7 +160,8 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
     config = OmegaConf.create({"data": {"instrument": segmenter}, "n": 2, "seed": 0})
     shown = ImageSet(IMAGES[:2], [{}, {}], ["a", "b"])
     images = SimpleNamespace(real=shown, rebuilt=IMAGES[:2], once=shown, records=records)
-    setup = SimpleNamespace(config=config, model=model)
+    cohort = SimpleNamespace(split_hash="0")
+    setup = SimpleNamespace(config=config, model=model, datamodule=SimpleNamespace(cohort=cohort))
     with caplog.at_level("INFO", "ldm"):
         found = mask_agreement(setup, images)
     assert [found["labels"]["left"][row]["n"] for row in (SAMPLES, HELD_OUT, REBUILT, CHANCE)] == [2] * 4
@@ -168,6 +169,9 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
     page = template("masks.html").render(masks=found)
     assert page.count("<td>left</td>") == 4
     assert f"{found['labels']['left'][SAMPLES]['mean']:.3f}" in page
+    assert "another split" not in page
+    cohort.split_hash = "1"
+    assert "another split" in template("masks.html").render(masks=mask_agreement(setup, images))
     alone = replace(shown, subjects=["a", "a"])
     images.real = images.once = alone
     assert CHANCE not in mask_agreement(setup, images)["labels"]["left"]
