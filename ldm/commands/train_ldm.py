@@ -66,10 +66,9 @@ def run(config: DictConfig) -> dict[str, float]:
     )
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
-    nulls = learned_nulls(config.ldm.condition, conditioners, train.covariates) if frozen is None else frozen.nulls
-    check_nulls(config, valid.covariates, nulls, datamodule.schema)
-    write_config(config, run_dir)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
+    check_nulls(config, valid.covariates, model.nulls if frozen is None else frozen.nulls, datamodule.schema)
+    write_config(config, run_dir)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
@@ -246,8 +245,8 @@ def build_model(
         schema = datamodule.schema
         distribution = datamodule.cohort.distribution() if len(schema) else None
         space = LatentSpace.identity(len(target.classes.names)) if as_it_is else train.fit_space()
-        header["learned_nulls"] = learned_nulls(ldm["condition"], conditioners, train.covariates)
         model = LatentDiffusionModel(header, space, target.preprocessing, schema, distribution, first_stage.network)
+        model.header["learned_nulls"] = learned_nulls(ldm["condition"], conditioners, lacking(model, train.covariates))
         model.header["learned_null"] = not model.unlearned
         fit_conditioners(model, train, ldm["conditioners"])
         warn_of_lost_means(ldm["network"])
@@ -280,20 +279,37 @@ def warn_of_lost_means(network: Mapping[str, Any]) -> None:
         )
 
 
+def lacking(model: LatentDiffusionModel, covariates: np.ndarray) -> set[str]:
+    """Conditioners that some training images have nothing, or not everything, to tell.
+
+    Args:
+        model: whose conditioners they are.
+        covariates: codes of the training images ``(N, K)``, NaN where one is missing.
+    """
+    conditioners, found = model.network.conditioners, set()
+    if COVARIATES in conditioners and np.isnan(covariates).any():
+        found.add(COVARIATES)
+    caption = conditioners["text"].caption if "text" in conditioners else None
+    if caption is not None and any(caption(model.schema.decode(row)) is None for row in covariates):
+        found.add("text")
+    return found
+
+
 def learned_nulls(
-    condition: Mapping[str, Any], conditioners: Mapping[str, Mapping[str, Any]], covariates: np.ndarray
+    condition: Mapping[str, Any], conditioners: Mapping[str, Mapping[str, Any]], lacking: Collection[str]
 ) -> list[str]:
-    """Names of the conditioners that training ever hides, so that the model knows what to do without them.
+    """Names of the conditioners that training ever goes without, so that the model knows what to do then.
 
     Args:
         condition: ``ldm.condition``.
         conditioners: see :func:`describe_conditioners`.
-        covariates: codes of the training images ``(N, K)``, NaN where one is missing.
+        lacking: see :func:`lacking`.
     """
     rates = {name: one["drop_rate"] for name, one in conditioners.items()}
     if condition["mode"] != "none":
-        rates[COVARIATES] = condition.get("drop_rate", 0) or float(np.isnan(covariates).any())
-    return sorted(name for name, rate in rates.items() if rate or condition.get("drop_all_rate", 0))
+        rates[COVARIATES] = condition.get("drop_rate", 0)
+    everything = condition.get("drop_all_rate", 0)
+    return sorted(name for name, rate in rates.items() if rate or everything or name in lacking)
 
 
 def check_nulls(config: DictConfig, held_out: np.ndarray, nulls: Collection[str], schema: CovariateSchema) -> None:

@@ -93,6 +93,10 @@ class Conditioner(nn.Module, ABC):
         """``value`` with nothing given."""
         return torch.full_like(value, torch.nan)
 
+    def is_given(self, value: Tensor) -> Tensor:
+        """Whether the whole of it is given: ``(B, ...)`` -> ``(B,)`` bool."""
+        return ~value.flatten(1).isnan().any(1)
+
     def drop(self, value: Tensor, uniforms: Tensor) -> Tensor:
         """Hide the condition of some samples.
 

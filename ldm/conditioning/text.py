@@ -120,6 +120,10 @@ class TextConditioner(InputConditioner):
         """No captions: -1 everywhere."""
         return torch.full_like(value, NOT_GIVEN)
 
+    def is_given(self, value: Tensor) -> Tensor:
+        """Whether there is a caption: ``(B, max_tokens)`` -> ``(B,)`` bool."""
+        return value[:, 0] != NOT_GIVEN
+
     def not_given(self, count: int, size: Sequence[int]) -> Tensor:
         """``(count, max_tokens)`` of -1."""
         return torch.full((count, self.max_tokens), NOT_GIVEN)
@@ -148,7 +152,7 @@ class TextConditioner(InputConditioner):
         """Condition on ``(B, max_tokens)`` token numbers."""
         if value.ndim != 2 or value.shape[1] != self.max_tokens:
             raise LdmError(f"{self.where}: expected (B, {self.max_tokens}) tokens, got {tuple(value.shape)}.")
-        given = value[:, :1] != NOT_GIVEN  # (B, 1)
+        given = self.is_given(value)[:, None]  # (B, 1)
         padding = (value == self.padding) | ~given  # (B, N)
         first = torch.arange(self.max_tokens, device=value.device) == 0  # (N,): never padding, so never without a token
         tokens = self.project(self.encoder(value.clamp(min=0), padding & ~first))  # (B, N, E)

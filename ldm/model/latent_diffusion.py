@@ -330,7 +330,9 @@ class LatentDiffusionModel(Editing, Generative):
                     f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}. It "
                     f"would have learned it with {key} above 0."
                 )
-        elif "learned_nulls" in self.header and value.isnan().any():  # older files are asked as ever
+            return
+        given = self.network.conditioners[name].is_given(value)  # (B,)
+        if "learned_nulls" in self.header and not given.all():  # older files are asked as ever
             raise LdmError(
                 f"This model never learned to go without its {name}: give one for every sample. It would have learned "
                 f"it with {key} above 0."

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ldm.commands.train_ldm import learned_nulls
+from ldm.commands.train_ldm import lacking, learned_nulls
 from ldm.conditioning.build import complete
 from ldm.data.geometry import Geometry
 from ldm.data.schema import CovariateSchema
@@ -148,6 +148,14 @@ def test_planes_and_words_are_mapped_by_name(tmp_path, mode, way):
         torch.testing.assert_close(mapped, known, rtol=1e-4, atol=1e-4)
 
 
+def captioned(caption, **settings):
+    """A model told by a caption, which names the covariates `age` and `sex`."""
+    described = complete(
+        {"text": {**TEXT, "caption": caption, "drop_rate": 0.0}}, CovariateSchema([SEX, AGE]), None, ("a",), 1
+    )
+    return model([SEX, AGE], "adaptive_norm", conditioners=described, **settings)
+
+
 def translating(**settings):
     image = {"channels": ["a"], "drop_rate": 0.0}
     described = complete({"image": image}, CovariateSchema([AGE]), None, ("a", "b"), 1)
@@ -176,16 +184,28 @@ def test_files_that_do_not_name_their_nulls_are_sampled_as_ever():
 
 
 @pytest.mark.parametrize(
-    ("condition", "rate", "missing", "learned"),
+    ("condition", "rate", "lacking", "learned"),
     [
-        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, True, []),
-        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.1}, 0.0, False, ["image"]),
-        ({"mode": "none", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.1, False, ["image"]),
-        ({"mode": "concat", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, False, ["covariates"]),
-        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.0, True, ["covariates"]),
-        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.1}, 0.0, False, ["covariates", "image"]),
+        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, {}, []),
+        ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.1}, 0.0, {}, ["image"]),
+        ({"mode": "none", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.1, {}, ["image"]),
+        ({"mode": "concat", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, {}, ["covariates"]),
+        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.0, {"covariates"}, ["covariates"]),
+        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.1}, 0.0, {}, ["covariates", "image"]),
     ],
 )
-def test_a_null_is_learned_by_what_hides_its_conditioner(condition, rate, missing, learned):
-    codes = np.array([[0.1], [np.nan if missing else 0.2]])
-    assert learned_nulls(condition, {"image": {"drop_rate": rate}}, codes) == learned
+def test_a_null_is_learned_by_what_hides_its_conditioner(condition, rate, lacking, learned):
+    assert learned_nulls(condition, {"image": {"drop_rate": rate}}, lacking) == learned
+
+
+def test_a_null_is_learned_where_training_images_have_nothing_to_tell():
+    made, whole = captioned("a {sex}[ of {age}]"), {"age": 50.0, "sex": "F"}
+    for row, found in (({"sex": "M"}, {"covariates"}), ({"age": 60.0}, {"covariates", "text"}), (whole, set())):
+        assert lacking(made, made.schema.encode_table([whole, row])) == found
+
+
+def test_a_caption_that_training_never_hid_has_to_be_given():
+    made = captioned("a {sex}", learned_null=False, learned_nulls=["covariates"])
+    made.sample({"sex": "F"}, n=1, **OPTIONS)
+    with pytest.raises(LdmError, match=r"without its text.*ldm\.conditioners\.text\.drop_rate above 0"):
+        made.sample({"age": 50.0}, n=1, **OPTIONS)
