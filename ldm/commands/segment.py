@@ -31,9 +31,10 @@ from ldm.applications.segmentation_report import (
     verdict,
 )
 from ldm.applications.stacking import stack_results
-from ldm.commands.run import check_counts, plain, require_file
+from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
+from ldm.data.augmentation import Augmentation
 from ldm.data.draft import Record
 from ldm.data.stored import split_reference
 from ldm.errors import LdmError
@@ -130,6 +131,7 @@ def find_source(config: DictConfig) -> Source:
         raise LdmError("model is an empty list; name one model file or several networks.")
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
+    augmentation = None if config.augment is None else Augmentation.from_config(section(config, "augment"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kinds == {NETWORK}:
         for name in ("steps", "sampler", "eta"):
@@ -137,7 +139,7 @@ def find_source(config: DictConfig) -> Source:
                 raise LdmError(f"{name} is for diffusion models; {paths[0]} is a network of ldm train-segmenter.")
         sha256 = [header["tensors_sha256"] for header in headers]
         networks = [Segmenter.load(path, device) for path in paths]
-        return NetworkSource(networks, sha256, config.members, config.seed)
+        return NetworkSource(networks, sha256, config.members, config.seed, augmentation)
     if kinds != {DIFFUSION} or len(paths) > 1:
         raise LdmError(
             f"model={config.model}: legal is one model of ldm train-ldm ldm=segmentation, or one or several networks "
@@ -145,7 +147,8 @@ def find_source(config: DictConfig) -> Source:
         )
     model = LatentDiffusionModel.load(paths[0], device)
     options = sampling_options(config)
-    return DiffusionSource(model, config.members, config.seed, config.batch_size, config.precision, options)
+    settings = config.members, config.seed, config.batch_size, config.precision
+    return DiffusionSource(model, *settings, options, augmentation)
 
 
 def asked_records(config: DictConfig, source: Source) -> list[Record]:

@@ -79,50 +79,83 @@ class Augmentation:
         Returns the image, the labels, and the linear scale s of the anatomy (1.1 is 10 % longer).
         Raises LdmError for a flip axis that does not exist, and for gamma without a range.
         """
+        background = float(image.min()) if value_range is None else value_range[0]
+        change = self.draw(image.shape[1:], generator, spacing)
+        moved = None if labels is None else change.moved(labels[None].float(), "nearest")[0].to(labels.dtype)
+        return change.recoloured(change.moved(image, "bilinear", background), background, value_range), moved, change.s
+
+    def draw(
+        self, shape: Sequence[int], generator: torch.Generator | int, spacing: Sequence[float] | None = None
+    ) -> Change:
+        """What one image of a spatial shape goes through.
+
+        generator, spacing: see :meth:`__call__`.
+
+        Raises LdmError for a flip axis that does not exist.
+        """
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
-        ndim = image.ndim - 1
-        background = float(image.min()) if value_range is None else value_range[0]
-        s = 1.0
+        ndim, theta, s = len(shape), None, 1.0
+        if any(not 0 <= axis < ndim for axis in self.flip_axes):
+            raise LdmError(f"data.augment.flip_axes: {list(self.flip_axes)} must lie in 0..{ndim - 1}.")
         if self.moves:
             # One draw each, always in this order: a setting of 0 does not shift the others' random numbers.
             s = (1 + self.scale) ** _uniform(1, generator).item()
             shift = self.shift * _uniform(ndim, generator)
             angles = math.radians(self.rotate) * _uniform(3 if ndim == 3 else 1, generator)
-            theta = _theta(image.shape[1:], s, shift, angles, spacing)
-            image = _moved(image - background, theta, "bilinear") + background
-            labels = labels if labels is None else _moved(labels[None].float(), theta, "nearest")[0].to(labels.dtype)
-        image, labels = self._flipped(image, labels, generator)
-        return self._recoloured(image, background, value_range, generator), labels, s
+            theta = _theta(shape, s, shift, angles, spacing)
+        axes = tuple(axis for axis in self.flip_axes if _uniform(1, generator).item() < 0)
+        power = (1 + self.gamma) ** _uniform(1, generator).item() if self.gamma else None
+        factor = 1 + self.brightness * _uniform(1, generator).item() if self.brightness else None
+        return Change(s, theta, axes, power, factor)
 
-    def _flipped(
-        self, image: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ndim = image.ndim - 1
-        if any(not 0 <= axis < ndim for axis in self.flip_axes):
-            raise LdmError(f"data.augment.flip_axes: {list(self.flip_axes)} must lie in 0..{ndim - 1}.")
-        axes = [axis for axis in self.flip_axes if _uniform(1, generator).item() < 0]
-        if axes:
-            image = image.flip([axis + 1 for axis in axes])
-            labels = labels if labels is None else labels.flip(axes)
-        return image, labels
 
-    def _recoloured(
-        self,
-        image: torch.Tensor,
-        background: float,
-        value_range: tuple[float, float] | None,
-        generator: torch.Generator,
+@dataclass(frozen=True)
+class Change:
+    """What `Augmentation` has drawn for one image.
+
+    s:      the anatomy is longer by this factor.
+    theta:  (ndim, ndim + 1), see `_theta`; None leaves every voxel where it is.
+    axes:   spatial axes that are flipped, after that.
+    power:  of intensities in the unit range; None leaves them.
+    factor: of intensities above background; None leaves them.
+    """
+
+    s: float
+    theta: torch.Tensor | None
+    axes: tuple[int, ...]
+    power: float | None
+    factor: float | None
+
+    def moved(self, array: torch.Tensor, mode: str, background: float = 0.0) -> torch.Tensor:
+        """(C, *S) with its voxels where the change puts them; ``background`` is what comes from outside."""
+        if self.theta is not None:
+            array = _moved(array - background, self.theta, mode) + background
+        return array.flip([axis + 1 for axis in self.axes]) if self.axes else array
+
+    def moved_back(self, array: torch.Tensor) -> torch.Tensor:
+        """(C, *S) of a changed image with its voxels where they were, interpolated; 0 where the image did not reach."""
+        array = array.flip([axis + 1 for axis in self.axes]) if self.axes else array
+        if self.theta is None:
+            return array
+        linear = torch.linalg.inv(self.theta[:, :-1])  # x = L y + t, so that y = L^-1 x - L^-1 t
+        inverse = torch.cat([linear, -(linear @ self.theta[:, -1:])], dim=1)
+        return _moved(array, inverse, "bilinear")
+
+    def recoloured(
+        self, image: torch.Tensor, background: float, value_range: tuple[float, float] | None
     ) -> torch.Tensor:
-        if self.gamma:
+        """An image with its intensities changed.
+
+        Raises LdmError for gamma without a range.
+        """
+        if self.power is not None:
             if value_range is None:
                 raise LdmError("data.augment.gamma: z-scored images have no range to take a power in; set it to 0.")
-            power = (1 + self.gamma) ** _uniform(1, generator).item()
             span = value_range[1] - background
-            image = ((image - background) / span).clamp(0, 1) ** power * span + background
-        if self.brightness:
-            factor = 1 + self.brightness * _uniform(1, generator).item()
-            image = (image - background) * factor + background
+            image = ((image - background) / span).clamp(0, 1) ** self.power * span + background
+        if self.factor is not None:
+            image = (image - background) * self.factor + background
             image = image if value_range is None else image.clamp(*value_range)
         return image
 

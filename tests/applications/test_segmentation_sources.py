@@ -3,17 +3,21 @@
 import contextlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ldm.applications.segmentation import NetworkSource, in_file_space, in_order, telling, volumes
+from ldm.data.augmentation import Augmentation
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
+from ldm.data.intensity import IntensityRecipe
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
+from ldm.metrics.segmentation import dice
 from ldm.model.ensemble import Ensemble
 from ldm.model.segmenter import Segmenter, build_segmenter
 
@@ -113,3 +117,59 @@ def test_the_panel_shows_where_something_was_found(tmp_path, volumes_found, show
     for record, volume in zip(records, volumes_found, strict=True):
         (tmp_path / f"{record.id}_volumes.json").write_text(json.dumps([{"members_mean": volume}, {"members_mean": 0}]))
     assert [int(record.id) for record in telling(tmp_path, records)] == shown
+
+
+AUGMENTED = Augmentation(flip_axes=(0, 1), scale=0.2, shift=2, rotate=30, brightness=0.2)
+
+
+def disc():
+    """A smooth bright disc in two channels, and the probability of one that knows it by its brightness."""
+    y, x = np.meshgrid(np.arange(48), np.arange(48), indexing="ij")
+    bright = np.exp(-((y - 20) ** 2 + (x - 27) ** 2) / 72)
+    return np.stack([bright, bright]).astype(np.float32)
+
+
+def knowing(dropout=0.0):
+    """A network that takes what is brighter than a half of the brightest."""
+    made = network(0, dropout)
+
+    def probabilities(images, dropout=False):
+        inside = (images[:, 0] > images[:, 0].max() / 2).astype(np.float32)  # (B, *S)
+        return np.stack([1 - inside, inside], 1)
+
+    return SimpleNamespace(
+        **{name: getattr(made, name) for name in vars(made)}, probabilities=probabilities, device=made.device
+    )
+
+
+@pytest.mark.parametrize(
+    ("networks", "dropout", "kind"), [(1, 0.0, "network"), (1, 0.5, "dropout"), (3, 0.0, "deep ensemble")]
+)
+def test_members_see_changed_images_and_answer_where_the_image_was(networks, dropout, kind):
+    image = disc()
+    source = NetworkSource([knowing(dropout)] * networks, ["a"] * networks, 3, augmentation=AUGMENTED)
+    assert (source.facts["kind"], source.facts["augment"]["rotate"]) == (kind, 30)
+    (ensemble,) = source.ensembles([image], ["one"])
+    truth = image[0] > 0.5
+    np.testing.assert_array_equal(ensemble.probabilities[0, 1], truth)  # the first sees the image as it is
+    np.testing.assert_allclose(ensemble.probabilities.sum(1), 1, atol=1e-5)
+    for member in (1, 2):
+        assert np.abs(source.views.seen(image, member) - image).max() > 0.2
+        assert dice(ensemble.member_labels[member] > 0, truth) > 0.95
+    again = NetworkSource([knowing(dropout)] * networks, ["a"] * networks, 3, augmentation=AUGMENTED)
+    np.testing.assert_array_equal(again.ensembles([image], ["one"])[0].probabilities, ensemble.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("members", "augmentation", "intensity", "message"),
+    [
+        (1, AUGMENTED, {}, "first member sees the image as it is; legal: members of 2 or more"),
+        (3, Augmentation(), {}, "augment changes nothing"),
+        (3, Augmentation(gamma=0.1), {"kind": "zscore"}, r"augment\.gamma: z-scored images have no range"),
+    ],
+)
+def test_views_that_tell_nothing_are_refused(members, augmentation, intensity, message):
+    made = network(0)
+    made = replace(made, preprocessing=replace(made.preprocessing, intensity=IntensityRecipe(**intensity)))
+    with pytest.raises(LdmError, match=message):
+        NetworkSource([made], ["a"], members, augmentation=augmentation)

@@ -112,6 +112,21 @@ def test_slices(ldm, root, tmp_path):
     assert code
     assert "give the other another name" in text
 
+    # members but the first see the images changed
+    code, text = ldm(
+        "segment", *DIFFUSION, *data, "members=2", "steps=4", "out=changed", "augment={flip_axes: [0, 1], rotate: 10}"
+    )
+    assert not code, text
+    changed, plain = (
+        np.stack(
+            [np.load(path)["members"][:2] for path in sorted((tmp_path / folder).glob("*.npz"))], 1
+        )  # (2, N, H, W)
+        for folder in ("changed", "ours")
+    )
+    np.testing.assert_array_equal(changed[0], plain[0])
+    assert (changed[1] != plain[1]).any()
+    assert json.loads((tmp_path / "changed/provenance.json").read_text())["augment"]["rotate"] == 10
+
     # what is written is what was measured, at the size of the slices
     _check_files(tmp_path / "ours", root, metrics)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -113,3 +115,15 @@ def test_nothing_changes_by_default_and_illegal_settings_are_named() -> None:
         Augmentation(flip_axes=(2,))(image, None, 0)
     with pytest.raises(LdmError, match=r"augment\.gamma"):
         Augmentation(gamma=0.1)(image, None, 0, value_range=None)
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((40, 30), None), ((40, 36, 32), (1.0, 1.2, 1.5))])
+def test_a_change_is_undone(shape, spacing) -> None:
+    axes = [torch.exp(-((torch.arange(n) - 0.4 * n) ** 2) / 32) for n in shape]  # smooth, and off the centre
+    image, augment = math.prod(torch.meshgrid(*axes, indexing="ij"))[None], Augmentation((0, 1), 0.2, 2, 20)
+    for seed in range(4):
+        change = augment.draw(shape, seed, spacing)
+        moved = change.moved(image, "bilinear")
+        assert (moved - image).abs().max() > 0.3
+        assert (change.moved_back(moved) - image).abs().max() < 0.08  # interpolated twice
+        assert torch.equal(moved, augment(image, None, seed, spacing)[0])  # the same as in training
