@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.applications.segmentation import Result, Source, interval_of, read_result, read_truth
+from ldm.applications.segmentation import Result, interval_of, read_result, read_truth
+from ldm.applications.segmentation_sources import Source
 from ldm.data.draft import Record
 from ldm.metrics import segmentation as measures
 

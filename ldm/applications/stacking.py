@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.applications.segmentation import Result, Source, read_result, volumes, write_volumes
+from ldm.applications.segmentation import Result, read_result, volumes, write_volumes
+from ldm.applications.segmentation_sources import Source
 from ldm.data import images
 from ldm.data.draft import Record
 from ldm.data.stacks import Cut, put_back

@@ -12,14 +12,7 @@ from omegaconf import DictConfig, ListConfig
 from rich.progress import Progress, track
 
 from ldm.applications.cases import SUBJECT, gather, unit_of
-from ldm.applications.segmentation import (
-    DiffusionSource,
-    NetworkSource,
-    Source,
-    check_labels,
-    in_order,
-    segment,
-)
+from ldm.applications.segmentation import check_labels, in_order, segment
 from ldm.applications.segmentation_evaluation import evaluate
 from ldm.applications.segmentation_report import (
     METRICS,
@@ -30,6 +23,7 @@ from ldm.applications.segmentation_report import (
     report,
     verdict,
 )
+from ldm.applications.segmentation_sources import DiffusionSource, NetworkSource, Source
 from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options

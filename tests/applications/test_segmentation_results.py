@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.applications.segmentation import NetworkSource, read_result, segment
+from ldm.applications.segmentation import read_result, segment
 from ldm.applications.segmentation_evaluation import evaluate
 from ldm.applications.segmentation_report import differences, null_for_nan, report, verdict
+from ldm.applications.segmentation_sources import NetworkSource
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.applications.segmentation import NetworkSource, in_file_space, in_order, telling, volumes
+from ldm.applications.segmentation import in_file_space, in_order, telling, volumes
+from ldm.applications.segmentation_sources import NetworkSource
 from ldm.data.augmentation import Augmentation
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
