@@ -15,7 +15,7 @@ from ldm.data.augmentation import Augmentation
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
-from ldm.model.ensemble import NUMBERS, Ensemble, Views, draw_ensembles
+from ldm.model.ensemble import Ensemble, Views, draw_ensembles
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.segmenter import Segmenter
 
@@ -154,18 +154,19 @@ class NetworkSource(Source):
         return [self._ensemble(array, name) for array, name in zip(arrays, names, strict=True)]
 
     def _ensemble(self, array: np.ndarray, name: str) -> Ensemble:
-        return Ensemble(np.stack([self._member(array, name, member) for member in range(self.members)]))
+        probabilities = np.stack([self._member(array, name, member) for member in range(self.members)])
+        return Ensemble(probabilities if self.views is None else self.views.back(probabilities))
 
     def _member(self, array: np.ndarray, name: str, member: int) -> np.ndarray:
-        """Probabilities ``(K + 1, *S)`` of one member."""
+        """Probabilities ``(K + 1, *S)`` of what one member sees."""
         network = self.segmenters[member % len(self.segmenters)]
         seen = array if self.views is None else self.views.seen(array, member)
-        (probabilities,) = self._drop(seen, name, member) if self.dropout else network.probabilities(seen[None])
-        return probabilities if self.views is None else self.views.back(probabilities, member)
+        return (self._drop(seen, name, member) if self.dropout else network.probabilities(seen[None]))[0]
 
     def _drop(self, array: np.ndarray, name: str, member: int) -> np.ndarray:
         """Probabilities ``(1, K + 1, *S)`` of one member, by dropout."""
         (network,) = self.segmenters
         with torch.random.fork_rng(devices=[network.device] if network.device.type == "cuda" else []):
-            torch.manual_seed(self.seed * NUMBERS + (zlib.crc32(name.encode()) + member) % NUMBERS)
+            # Hashed, as manual_seed keeps 32 bits of its seed on the CPU.
+            torch.manual_seed(zlib.crc32(f"{self.seed} {member} {name}".encode()))
             return network.probabilities(array[None], dropout=True)

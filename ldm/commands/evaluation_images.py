@@ -116,7 +116,7 @@ def checked(config: DictConfig) -> Setup:
     sections = plain(config.data).get("instrument")
     instruments = find_instruments(sections, model.preprocessing, datamodule.schema, cohort.split_hash)
     samplers = read_samplers(config, model, seeds[0])
-    nulls = COVARIATES not in model.network.conditioners or model.header.get("learned_null", True)
+    nulls = not {COVARIATES, "text"} & set(model.unlearned)
     axes = read_sweep(plain(config.sweep), config.sweep_others, model.schema, cohort.split("train"), nulls)
     return Setup(config, model, path, datamodule, network, instruments, samplers, axes, seeds, goals)
 

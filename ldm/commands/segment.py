@@ -125,7 +125,7 @@ def find_source(config: DictConfig) -> Source:
         raise LdmError("model is an empty list; name one model file or several networks.")
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
-    augmentation = None if config.augment is None else Augmentation.from_config(section(config, "augment"))
+    augmentation = None if config.augment is None else Augmentation.from_config(section(config, "augment"), "augment")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kinds == {NETWORK}:
         for name in ("steps", "sampler", "eta"):

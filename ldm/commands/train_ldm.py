@@ -22,7 +22,6 @@ from ldm.conditioning.build import as_control, complete, with_defaults
 from ldm.conditioning.pretrained import load_encoder
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
-from ldm.data.schema import CovariateSchema
 from ldm.diffusion.checks import check_count
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.errors import LdmError
@@ -67,7 +66,7 @@ def run(config: DictConfig) -> dict[str, float]:
     if frozen is not None:
         adopt(frozen, (train, valid), datamodule.schema)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
-    check_nulls(config, valid.covariates, model.nulls if frozen is None else frozen.nulls, datamodule.schema)
+    check_nulls(model, valid.covariates)
     write_config(config, run_dir)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
@@ -312,17 +311,28 @@ def learned_nulls(
     return sorted(name for name, rate in rates.items() if rate or everything or name in lacking)
 
 
-def check_nulls(config: DictConfig, held_out: np.ndarray, nulls: Collection[str], schema: CovariateSchema) -> None:
-    """Refuse held-out subjects without a covariate where the model does not learn to go without one.
+def check_nulls(model: LatentDiffusionModel, held_out: np.ndarray) -> None:
+    """Refuse held-out subjects without a covariate, or a caption, where the model does not learn to go without one.
+
+    Args:
+        model: to be trained.
+        held_out: their codes ``(N, K)``, NaN where one is missing.
 
     Raises:
-        LdmError: naming the covariate.
+        LdmError: naming the covariate, or the caption.
     """
-    missing = np.isnan(held_out).any(0)  # (K,)
-    if COVARIATES not in nulls and config.ldm.condition.mode != "none" and missing.any():
+    missing = lacking(model, held_out) - set(model.nulls)
+    if COVARIATES in missing:
+        name = model.schema.names[int(np.isnan(held_out).any(0).argmax())]
         raise LdmError(
-            f"Held-out subjects lack the covariate '{schema.names[int(missing.argmax())]}', and training never hides "
-            "one: set ldm.condition.drop_rate above 0, or data.missing_covariate=drop."
+            f"Held-out subjects lack the covariate '{name}', and training never hides one: set ldm.condition.drop_rate "
+            "above 0, or data.missing_covariate=drop."
+        )
+    if "text" in missing:
+        raise LdmError(
+            "Held-out subjects lack a covariate that the caption cannot do without, and training never goes without a "
+            "caption: set ldm.conditioners.text.drop_rate above 0, put what may be missing into [brackets] of the "
+            "caption, or data.missing_covariate=drop."
         )
 
 

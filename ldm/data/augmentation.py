@@ -47,12 +47,12 @@ class Augmentation:
             raise LdmError(f"data.augment.brightness: {self.brightness} must be below 1.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None) -> Augmentation:
+    def from_config(cls, config: Mapping[str, Any] | None, where: str = "data.augment") -> Augmentation:
         """Build from the ``data.augment`` block; an unknown key is an LdmError that names the nearest."""
         legal = [item.name for item in fields(cls)]
         for key in config or {}:
             if key not in legal:
-                raise LdmError(f"data.augment: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
+                raise LdmError(f"{where}: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
         return cls(**{key: value for key, value in (config or {}).items() if value is not None})
 
     @property

@@ -17,6 +17,7 @@ import torch
 
 from ldm.data.augmentation import Augmentation, Change
 from ldm.data.preprocessing import Preprocessing
+from ldm.diffusion.noise import step_generator
 from ldm.errors import LdmError
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
@@ -63,19 +64,19 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Views:
-    """What members see of an image: the first one sees it as it is, each other one with a random change.
+    """What members see of an image: the first one sees it as it is, each other one after a random change.
 
-    A member's change is the same for all images; its map is moved back. What a network makes of an image that it could
-    as well have seen tells what it is not sure of, beyond what its own noise tells (Wang et al. 2019,
-    Neurocomputing 338).
+    A member's change is the same for all images, and its map is moved back. What a network says of an image that it
+    could as well have seen tells what it is not sure of, beyond what its own noise tells (Wang et al. 2019,
+    Neurocomputing 338). Of flips alone there are few, so that several members see the same.
 
     Attributes:
-        augmentation: the changes, as of training.
+        augmentation: the changes, such as those of training.
         preprocessing: of the images.
         seed: of the changes.
 
     Raises:
-        LdmError: it changes nothing, or ``gamma`` of images without a range.
+        LdmError: it changes nothing, ``gamma`` of images without a range, or a flip along an axis that is not there.
     """
 
     augmentation: Augmentation
@@ -83,17 +84,19 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        dims, axes = self.preprocessing.spatial_dims, self.augmentation.flip_axes
         if self.augmentation == Augmentation():
             raise LdmError("augment changes nothing: members would see the same. Name changes, or leave it out.")
         if self.augmentation.gamma and self.preprocessing.value_range is None:
             raise LdmError("augment.gamma: z-scored images have no range to take a power in; set it to 0.")
+        if any(not 0 <= axis < dims for axis in axes):
+            raise LdmError(f"augment.flip_axes: {list(axes)} must lie in 0..{dims - 1}.")
 
     def change(self, shape: Sequence[int], member: int) -> Change | None:
         """The change of a member's images ``(*S)``; None of the first."""
         if member == 0:
             return None
-        generator = torch.Generator().manual_seed(self.seed * NUMBERS + member)
-        return self.augmentation.draw(shape, generator, self.preprocessing.voxel_size)
+        return self.augmentation.draw(shape, step_generator(self.seed, 0, member), self.preprocessing.voxel_size)
 
     def seen(self, image: np.ndarray, member: int) -> np.ndarray:
         """What a member sees of an image ``(C, *S)``."""
@@ -104,13 +107,16 @@ class Views:
         background = float(image.min()) if value_range is None else value_range[0]
         return change.recoloured(change.moved(array, "bilinear", background), background, value_range).numpy()
 
-    def back(self, probabilities: np.ndarray, member: int) -> np.ndarray:
-        """A member's probabilities ``(K + 1, *S)`` where the image was; outside its view all is background."""
-        change = self.change(probabilities.shape[1:], member)
-        if change is None:
-            return probabilities
-        inside = change.moved_back(torch.from_numpy(probabilities[1:])).numpy()  # (K, *S)
-        return np.concatenate([1 - inside.sum(0, keepdims=True), inside]).clip(0, 1)
+    def back(self, probabilities: np.ndarray) -> np.ndarray:
+        """Probabilities ``(M, K + 1, *S)`` of all members where the image was; what one did not see is the first's."""
+        first = probabilities[0]
+        return np.stack([first, *(self._back(one, m, first) for m, one in enumerate(probabilities[1:], 1))])
+
+    def _back(self, one: np.ndarray, member: int, first: np.ndarray) -> np.ndarray:
+        change = self.change(one.shape[1:], member)
+        moved = change.moved_back(torch.from_numpy(one)).numpy()  # (K + 1, *S)
+        seen = moved.sum(0)  # (*S), as classes sum to one
+        return (moved + (1 - seen) * first).clip(0, 1)
 
 
 def class_probabilities(masks: np.ndarray) -> np.ndarray:
@@ -164,6 +170,4 @@ def draw_ensembles(
     drawn = model.sample_batches(rows, numbers, seed, batch_size, precision, {"image": given}, **options)
     masks = np.concatenate([batch.images for batch in drawn])  # (N * M, K, *S)
     ensembles = np.split(class_probabilities(masks), len(images))  # (M, K + 1, *S) each
-    if views is not None:
-        ensembles = [np.stack([views.back(one[member], member) for member in numbered]) for one in ensembles]
-    return [Ensemble(probabilities) for probabilities in ensembles]
+    return [Ensemble(one if views is None else views.back(one)) for one in ensembles]

@@ -19,7 +19,7 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.metrics.segmentation import dice
-from ldm.model.ensemble import Ensemble
+from ldm.model.ensemble import Ensemble, Views
 from ldm.model.segmenter import Segmenter, build_segmenter
 
 CLASSES = LabelClasses.from_config({"tumour": 1})
@@ -49,9 +49,11 @@ def test_several_networks_are_a_deep_ensemble(image):
         NetworkSource([first, other], ["a", "b"])
 
 
-def test_dropout_draws_members_by_name(image):
+def test_dropout_draws_members_by_name_and_seed(image):
     source = NetworkSource([network(0, 0.5)], ["a"], members=3)
     one, again, other = (source.ensembles([image], [name])[0].probabilities for name in ("one", "one", "other"))
+    reseeded = NetworkSource(source.segmenters, ["a"], 3, seed=1).ensembles([image], ["one"])[0].probabilities
+    assert np.abs(one - reseeded).max() > 1e-3
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
     assert np.abs(one[0] - one[1]).max() > 1e-3
@@ -150,6 +152,7 @@ def test_members_see_changed_images_and_answer_where_the_image_was(networks, dro
     image = disc()
     source = NetworkSource([knowing(dropout)] * networks, ["a"] * networks, 3, augmentation=AUGMENTED)
     assert (source.facts["kind"], source.facts["augment"]["rotate"]) == (kind, 30)
+    assert source.joint == (kind != "dropout")  # dropout is drawn for each image anew
     (ensemble,) = source.ensembles([image], ["one"])
     truth = image[0] > 0.5
     np.testing.assert_array_equal(ensemble.probabilities[0, 1], truth)  # the first sees the image as it is
@@ -167,6 +170,7 @@ def test_members_see_changed_images_and_answer_where_the_image_was(networks, dro
         (1, AUGMENTED, {}, "first member sees the image as it is; legal: members of 2 or more"),
         (3, Augmentation(), {}, "augment changes nothing"),
         (3, Augmentation(gamma=0.1), {"kind": "zscore"}, r"augment\.gamma: z-scored images have no range"),
+        (3, Augmentation((0, 2)), {}, r"^augment\.flip_axes: \[0, 2\] must lie in 0\.\.1"),
     ],
 )
 def test_views_that_tell_nothing_are_refused(members, augmentation, intensity, message):
@@ -174,3 +178,20 @@ def test_views_that_tell_nothing_are_refused(members, augmentation, intensity, m
     made = replace(made, preprocessing=replace(made.preprocessing, intensity=IntensityRecipe(**intensity)))
     with pytest.raises(LdmError, match=message):
         NetworkSource([made], ["a"], members, augmentation=augmentation)
+
+
+def test_what_a_view_does_not_reach_is_what_the_first_member_says():
+    """Two classes that reach the ends of a volume with thick slices."""
+    affine = np.diag([1.0, 1, 5, 1])
+    recipe = Preprocessing(3, None, None, (32, 32, 8), reference=Geometry.plan((32, 32, 8), affine))
+    views = Views(Augmentation((0,), scale=0.1, shift=3, rotate=10), recipe)
+    truth = np.zeros((3, 32, 32, 8), np.float32)  # (K + 1, *S)
+    truth[1, 8:16, 10:22], truth[2, 16:24, 10:22] = 1, 1
+    truth[0] = 1 - truth[1:].sum(0)
+    members = np.stack([views.seen(truth, member) for member in range(4)])  # what a perfect network says of each view
+    members[:, 0] = 1 - members[:, 1:].sum(1)
+    back = views.back(members)
+    np.testing.assert_allclose(back.sum(1), 1, atol=1e-4)
+    found = (back.argmax(1) == np.arange(3)[:, None, None, None, None]).sum((2, 3, 4))  # (K + 1, M)
+    np.testing.assert_allclose(found[1:], np.broadcast_to(truth[1:].sum((1, 2, 3))[:, None], (2, 4)), rtol=0.06)
+    assert (views.seen(truth, 1) != Views(views.augmentation, recipe, seed=1).seen(truth, 1)).any()

@@ -126,4 +126,11 @@ def test_a_change_is_undone(shape, spacing) -> None:
         moved = change.moved(image, "bilinear")
         assert (moved - image).abs().max() > 0.3
         assert (change.moved_back(moved) - image).abs().max() < 0.08  # interpolated twice
-        assert torch.equal(moved, augment(image, None, seed, spacing)[0])  # the same as in training
+
+
+def test_a_seed_stands_for_the_change_that_it_always_stood_for() -> None:
+    image = torch.arange(9 * 8 * 7).reshape(1, 9, 8, 7).remainder(97) / 96
+    augment, labels = Augmentation((0, 2), 0.2, 2, 20, 0.3, 0.2), (image[0] > 0.5).to(torch.uint8)
+    changed, moved, s = augment(image, labels, 3, (1, 1, 2))
+    stored = 0.8437624864637189, 93.2221908569336, 115
+    assert (s, float(changed.sum()), int(moved.sum())) == pytest.approx(stored, rel=1e-5)

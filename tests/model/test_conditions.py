@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ldm.commands.train_ldm import lacking, learned_nulls
+from ldm.commands.train_ldm import check_nulls, lacking, learned_nulls
 from ldm.conditioning.build import complete
 from ldm.data.geometry import Geometry
 from ldm.data.schema import CovariateSchema
@@ -202,6 +202,16 @@ def test_a_null_is_learned_where_training_images_have_nothing_to_tell():
     made, whole = captioned("a {sex}[ of {age}]"), {"age": 50.0, "sex": "F"}
     for row, found in (({"sex": "M"}, {"covariates"}), ({"age": 60.0}, {"covariates", "text"}), (whole, set())):
         assert lacking(made, made.schema.encode_table([whole, row])) == found
+
+
+def test_held_out_subjects_without_a_caption_are_refused_before_training():
+    made = captioned("a {sex}", learned_null=False, learned_nulls=["covariates"])
+    check_nulls(made, made.schema.encode_table([{"sex": "F"}]))
+    with pytest.raises(LdmError, match=r"caption cannot do without.*ldm\.conditioners\.text\.drop_rate above 0"):
+        check_nulls(made, made.schema.encode_table([{"sex": "F"}, {"age": 50.0}]))
+    made.header["learned_nulls"] = ["text"]
+    with pytest.raises(LdmError, match=r"lack the covariate 'sex'.*ldm\.condition\.drop_rate"):
+        check_nulls(made, made.schema.encode_table([{"sex": "F", "age": 40.0}, {"age": 50.0}]))
 
 
 def test_a_caption_that_training_never_hid_has_to_be_given():
