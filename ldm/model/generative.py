@@ -80,6 +80,11 @@ class Generative(nn.Module, ABC):
         return None
 
     @property
+    def unlearned(self) -> list[str]:
+        """Conditioners that it cannot go without."""
+        return []
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model computes."""
