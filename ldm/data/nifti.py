@@ -24,6 +24,7 @@ _GZIP_EXPANSION = 1032
 
 
 def read(path: Path, selector: str | None, spatial_dims: int | None) -> Image:
+    """A volume, or the slice of it that ``selector`` names; see :func:`ldm.data.images.read`."""
     if selector is not None:
         stat = path.stat()
         ras, facts = _ras_volume(path, stat.st_mtime_ns, stat.st_size)

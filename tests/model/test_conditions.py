@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ldm.commands.train_ldm import check_nulls, lacking, learned_nulls
+from ldm.commands.nulls import check_nulls, lacking, learned_nulls
 from ldm.conditioning.build import complete
 from ldm.data.geometry import Geometry
 from ldm.data.schema import CovariateSchema
