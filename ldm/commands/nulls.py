@@ -13,11 +13,11 @@ from ldm.model.latent_diffusion import LatentDiffusionModel
 
 
 def lacking(model: LatentDiffusionModel, covariates: np.ndarray) -> set[str]:
-    """Conditioners that some training images have nothing, or not everything, to tell.
+    """Conditioners that some images have nothing, or not everything, to tell.
 
     Args:
         model: whose conditioners they are.
-        covariates: codes of the training images ``(N, K)``, NaN where one is missing.
+        covariates: codes of these images ``(N, K)``, NaN where one is missing.
     """
     conditioners, found = model.network.conditioners, set()
     if COVARIATES in conditioners and np.isnan(covariates).any():
