@@ -244,9 +244,8 @@ def _fill(
         try:
             for _ in track(done, "Preparing images", total=count, disable=not progress):
                 pass
-        except BaseException:
+        finally:  # the first fault, or an interruption, leaves the rest undone
             pool.shutdown(cancel_futures=True)
-            raise
     stored.flush()
     if stored_labels is not None:
         stored_labels.flush()
