@@ -1,6 +1,7 @@
 """Networks of the GANs: generator, encoder and discriminator, in 2-D and 3-D.
 
-All normalise every image by itself, so that what comes out for one image does not depend on the others of its batch.
+Generator and encoder normalise every image by itself, so that what comes out for one image does not depend on the
+others of its batch.
 """
 
 from __future__ import annotations
@@ -162,9 +163,12 @@ class ImageDiscriminator(nn.Module):
         hidden: width of the hidden layer.
         embedding_dim: width of the condition, 0 for none.
         spectral_norm: bound the Lipschitz constant of every layer (Miyato et al. 2018); else features are normalised.
+        minibatch_std: images that are compared with each other, 0 for none: the hidden layer also sees how much so
+            many consecutive images of a batch differ (Karras et al. 2018, section 3), by which it recognises a
+            generator that draws the same image again and again. With it a score depends on the batch.
 
     Raises:
-        LdmError: the image is too small for the levels.
+        LdmError: the image is too small for the levels, or ``minibatch_std`` is 1 or less than 0.
     """
 
     def __init__(
@@ -176,11 +180,15 @@ class ImageDiscriminator(nn.Module):
         hidden: int = 128,
         embedding_dim: int = 0,
         spectral_norm: bool = True,
+        minibatch_std: int = 0,
     ) -> None:
         super().__init__()
+        if minibatch_std < 0 or minibatch_std == 1:
+            raise LdmError(f"gan.discriminator.minibatch_std is {minibatch_std}; legal: 0 for none, or 2 and more.")
+        self.minibatch_std = minibatch_std
         norm = None if spectral_norm else ("GROUP", {"num_groups": 1})
         self.trunk = Trunk(spatial_dims, in_channels, image_size, channels, norm, "gan.discriminator.channels")
-        self.hidden = nn.Linear(self.trunk.size, hidden)
+        self.hidden = nn.Linear(self.trunk.size + bool(minibatch_std), hidden)
         self.score = nn.Linear(hidden, 1)
         self.project = nn.Linear(embedding_dim, hidden, bias=False) if embedding_dim else None
         if spectral_norm:
@@ -189,11 +197,26 @@ class ImageDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Raw scores ``(B,)`` float32 of images ``(B, C, *S)`` and an embedding ``(B, E)``."""
-        h = F.leaky_relu(self.hidden(self.trunk(x)[-1].flatten(1)), SLOPE)  # (B, hidden)
+        features = self.trunk(x)[-1].flatten(1)  # (B, size)
+        if self.minibatch_std:
+            features = torch.cat([features, minibatch_spread(features, self.minibatch_std)], dim=1)  # (B, size + 1)
+        h = F.leaky_relu(self.hidden(features), SLOPE)  # (B, hidden)
         score = self.score(h)[:, 0]  # (B,)
         if embedding is not None and self.project is not None:
             score = score + (self.project(embedding) * h).sum(1)
         return score.float()
+
+
+def minibatch_spread(features: Tensor, group: int) -> Tensor:
+    """How much each ``group`` consecutive rows of ``(B, F)`` differ: their mean standard deviation, ``(B, 1)``.
+
+    What is left over at the end is a smaller group; a row alone has the spread 0. The gradient at rows that are all
+    alike is 0, not undefined.
+    """
+    variances = [
+        rows.var(0, correction=0).add(1e-8).sqrt().mean().expand(len(rows), 1) for rows in features.split(group)
+    ]
+    return torch.cat(variances)  # (B, 1)
 
 
 class Trunk(nn.Module):

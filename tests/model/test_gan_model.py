@@ -13,7 +13,7 @@ from ldm.data.schema import Covariate, CovariateSchema
 from ldm.errors import LdmError
 from ldm.model.gan import GAN
 from ldm.model.load import load_generative
-from ldm.networks.gan import Encoder, Generator, ImageDiscriminator, UpBlock
+from ldm.networks.gan import Encoder, Generator, ImageDiscriminator, UpBlock, minibatch_spread
 from tests.model.test_predictor import predictor
 from tests.model.test_transfer import model as diffusion_model
 
@@ -125,6 +125,25 @@ def test_spectral_norm_bounds_every_layer():
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
     plain = ImageDiscriminator(2, 1, (16, 16), channels=(8,), spectral_norm=False)
     assert any(isinstance(one, torch.nn.GroupNorm) for one in plain.modules())
+
+
+def test_a_discriminator_that_compares_images_sees_when_all_are_the_same():
+    """The spread against numpy, group by group; a batch of one image repeated is told from one of many."""
+    rows = torch.rand(5, 3)
+    expected = [rows[:2].numpy().std(0).mean()] * 2 + [rows[2:4].numpy().std(0).mean()] * 2 + [0.0]
+    assert minibatch_spread(rows, 2)[:, 0].tolist() == pytest.approx(expected, abs=2e-4)
+    same = rows[:1].repeat(4, 1).requires_grad_()
+    minibatch_spread(same, 4).sum().backward()
+    assert same.grad.abs().max() == 0
+
+    torch.manual_seed(0)
+    network = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, spectral_norm=False, minibatch_std=4)
+    x = torch.rand(4, 1, 8, 8)
+    assert (network(x)[:1] - network(x[:1].repeat(4, 1, 1, 1))[:1]).abs() > 1e-4
+    alone = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, spectral_norm=False)
+    torch.testing.assert_close(alone(x)[:1], alone(x[:1]))
+    with pytest.raises(LdmError, match="gan.discriminator.minibatch_std is 1; legal: 0 for none, or 2 and more"):
+        ImageDiscriminator(2, 1, (8, 8), channels=(4,), minibatch_std=1)
 
 
 def test_a_condition_changes_the_score_by_its_inner_product_with_the_image():
