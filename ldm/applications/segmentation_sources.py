@@ -19,6 +19,8 @@ from ldm.model.ensemble import Ensemble, Views, draw_ensembles
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.segmenter import Segmenter
 
+MEMBERS = 5  # as in the paper
+
 
 class Source(ABC):
     """What draws ensembles.
@@ -65,42 +67,46 @@ class Source(ABC):
 
 
 class DiffusionSource(Source):
-    """A diffusion model that generates label maps.
+    """A diffusion model that generates label maps, or several of the same task, which draw in turn.
 
     Args:
-        model: the model.
-        members: label maps a subject.
+        models: the models.
+        members: label maps a subject, of all models together; None for 5, or one of each model if these are more.
         seed, batch_size, precision: see :func:`ldm.model.ensemble.draw_ensembles`.
-        options: sampling options that differ from the model's.
+        options: sampling options that differ from the models'.
         augmentation: of what members but the first see, see :class:`ldm.model.ensemble.Views`.
 
     Raises:
-        LdmError: it generates images, or an illegal number or option.
+        LdmError: one generates images, an illegal number or option, or models of another task or split.
     """
 
     def __init__(
         self,
-        model: LatentDiffusionModel,
-        members: int = 5,
+        models: Sequence[LatentDiffusionModel],
+        members: int | None = None,
         seed: int = 0,
         batch_size: int = 16,
         precision: str = "auto",
         options: Mapping[str, Any] | None = None,
         augmentation: Augmentation | None = None,
     ) -> None:
-        draw_ensembles(model, (), (), members)  # refuses what cannot be drawn
-        self.model, self.members, self.options = model, members, dict(options or {})
+        members = max(MEMBERS, len(models)) if members is None else members
+        draw_ensembles(models, (), (), members)  # refuses what cannot be drawn
+        self.models, self.members, self.options = list(models), members, dict(options or {})
         self.seed, self.batch_size, self.precision = seed, batch_size, precision
-        target, self.classes = model.header["target"], model.classes
-        self.preprocessing, self.unnamed = model.input_preprocessing, tuple(target["unnamed"])
-        self.channels = tuple(model.header["conditioners"]["image"]["channels"])
-        self.split_sha256 = model.header["split_sha256"]
+        first, sampling = self.models[0], [vars(model.settings(self.options)) for model in self.models]
+        _require_same([_task_of_diffusion(model) for model in self.models])
+        _require_same(sampling, "sampling settings")
+        self.preprocessing, self.classes = first.input_preprocessing, first.classes
+        self.unnamed = tuple(first.header["target"]["unnamed"])
+        self.channels = tuple(first.header["conditioners"]["image"]["channels"])
+        self.split_sha256 = first.header["split_sha256"]
         self.facts = {
             "kind": "diffusion",
-            "model_sha256": model.header["tensors_sha256"],
+            "model_sha256": [model.header["tensors_sha256"] for model in self.models],
             "members": members,
             "seed": seed,
-            "sampling": vars(model.settings(self.options)),
+            "sampling": sampling[0],
             "precision": precision,
         }
         self._see(augmentation, members, seed)
@@ -108,44 +114,52 @@ class DiffusionSource(Source):
     def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
         """See :class:`Source`."""
         settings = (self.members, self.seed, self.batch_size, self.precision, self.views)
-        return draw_ensembles(self.model, arrays, names, *settings, **self.options)
+        return draw_ensembles(self.models, arrays, names, *settings, **self.options)
 
 
 class NetworkSource(Source):
     """Networks of ``ldm train-segmenter``: several are a deep ensemble (Lakshminarayanan et al. 2017), one with dropout
-    draws its members with dropout switched on (Gal & Ghahramani 2016), one without is a single member, or, with an
-    augmentation, as many as it is shown views of the image.
+    draws its members with dropout switched on (Gal & Ghahramani 2016), one without is a single member. With an
+    augmentation members are views of the image, which the networks see in turn.
 
     Members are computed one by one: of a volume they need the memory of one, and each is drawn from a seed of its own,
     so that it is the same however many there are.
 
+    Args:
+        segmenters: the networks.
+        sha256: of their tensors.
+        members: label maps a subject; None for 5 of dropout or views, or one of each network if these are more.
+        seed: of dropout and views.
+        augmentation: of what members but the first see, see :class:`ldm.model.ensemble.Views`.
+
     Raises:
-        LdmError: networks of other classes, channels, preprocessing or splits.
+        LdmError: networks of other classes, channels, preprocessing or splits, or a number of members that they have
+            not.
     """
 
     def __init__(
         self,
         segmenters: Sequence[Segmenter],
         sha256: Sequence[str],
-        members: int = 5,
+        members: int | None = None,
         seed: int = 0,
         augmentation: Augmentation | None = None,
     ) -> None:
         self.segmenters, self.seed = list(segmenters), seed
         first = self.segmenters[0]
-        for one in self.segmenters[1:]:
-            if (one.labels, one.preprocessing.fingerprint(), one.facts["split_sha256"]) != (
-                first.labels,
-                first.preprocessing.fingerprint(),
-                first.facts["split_sha256"],
-            ):
-                raise LdmError("model: the networks of an ensemble need the same classes, preprocessing and split.")
+        _require_same([(n.labels, n.preprocessing.fingerprint(), n.facts["split_sha256"]) for n in self.segmenters])
         self.dropout = len(self.segmenters) == 1 and first.config.get("dropout", 0) > 0
-        one = len(self.segmenters) == 1
-        self.members = members if one and (self.dropout or augmentation is not None) else len(self.segmenters)
+        count = len(self.segmenters)
+        vary = self.dropout or augmentation is not None  # more members than networks are worth drawing
+        self.members = (max(MEMBERS, count) if vary else count) if members is None else members
+        if self.members < count or (self.members > count and not vary):
+            legal = (
+                f"{count} or more, one of each network" if vary else f"{count}, one of each network, without augment"
+            )
+            raise LdmError(f"members is {members}; legal: {legal}.")
         self.classes, self.preprocessing, self.unnamed = first.labels, first.preprocessing, None
         self.channels, self.split_sha256 = first.preprocessing.channels, first.facts["split_sha256"]
-        kind = "dropout" if self.dropout else "network" if one else "deep ensemble"
+        kind = "dropout" if self.dropout else "network" if count == 1 else "deep ensemble"
         self.facts = {"kind": kind, "model_sha256": list(sha256), "members": self.members, "seed": seed}
         self._see(augmentation, self.members, seed)
 
@@ -170,3 +184,15 @@ class NetworkSource(Source):
             # Hashed, as manual_seed keeps 32 bits of its seed on the CPU.
             torch.manual_seed(zlib.crc32(f"{self.seed} {member} {name}".encode()))
             return network.probabilities(array[None], dropout=True)
+
+
+def _task_of_diffusion(model: LatentDiffusionModel) -> tuple[Any, ...]:
+    """What models of an ensemble have in common."""
+    channels, unnamed = model.header["conditioners"]["image"]["channels"], model.header["target"]["unnamed"]
+    prepared = model.input_preprocessing.fingerprint()
+    return model.classes, prepared, list(channels), list(unnamed), model.header["split_sha256"]
+
+
+def _require_same(values: Sequence[Any], what: str = "classes, images, preprocessing and split") -> None:
+    if any(value != values[0] for value in values[1:]):
+        raise LdmError(f"model: those of an ensemble need the same {what}.")

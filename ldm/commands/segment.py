@@ -47,7 +47,7 @@ SPLITS = ("test", "valid", "train", "all")
 
 def run(config: DictConfig) -> Path:
     """Segment, write, and measure if asked to; returns the table of volumes."""
-    check_counts(config, "members", "batch_size")
+    check_counts(config, "batch_size", *([] if config.members is None else ["members"]))
     check_settings(config)
     source = find_source(config)
     others = read_others(config.beside or {}, source.facts["kind"]) if config.evaluate else {}
@@ -114,7 +114,7 @@ def measure(
 
 
 def find_source(config: DictConfig) -> Source:
-    """The diffusion model, or the network or networks, of ``model``.
+    """The diffusion models, or the networks, of ``model``: one or several of a kind.
 
     Raises:
         LdmError: a file that is none of them.
@@ -122,7 +122,7 @@ def find_source(config: DictConfig) -> Source:
     several = isinstance(config.model, ListConfig)
     paths = [Path(path) for path in (config.model if several else [config.model])]
     if not paths:
-        raise LdmError("model is an empty list; name one model file or several networks.")
+        raise LdmError("model is an empty list; name a model file, or several of a kind.")
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
     augmentation = None if config.augment is None else Augmentation.from_config(section(config, "augment"), "augment")
@@ -134,15 +134,15 @@ def find_source(config: DictConfig) -> Source:
         sha256 = [header["tensors_sha256"] for header in headers]
         networks = [Segmenter.load(path, device) for path in paths]
         return NetworkSource(networks, sha256, config.members, config.seed, augmentation)
-    if kinds != {DIFFUSION} or len(paths) > 1:
+    if kinds != {DIFFUSION}:
         raise LdmError(
-            f"model={config.model}: legal is one model of ldm train-ldm ldm=segmentation, or one or several networks "
-            "of ldm train-segmenter."
+            f"model={config.model}: legal are models of ldm train-ldm ldm=segmentation, or networks of ldm "
+            "train-segmenter, one or several of one of the two kinds."
         )
-    model = LatentDiffusionModel.load(paths[0], device)
+    models = [LatentDiffusionModel.load(path, device) for path in paths]
     options = sampling_options(config)
     settings = config.members, config.seed, config.batch_size, config.precision
-    return DiffusionSource(model, *settings, options, augmentation)
+    return DiffusionSource(models, *settings, options, augmentation)
 
 
 def asked_records(config: DictConfig, source: Source) -> list[Record]:

@@ -131,7 +131,7 @@ def class_probabilities(masks: np.ndarray) -> np.ndarray:
 
 
 def draw_ensembles(
-    model: LatentDiffusionModel,
+    models: Sequence[LatentDiffusionModel],
     images: Sequence[np.ndarray],
     names: Sequence[str],
     members: int,
@@ -141,33 +141,36 @@ def draw_ensembles(
     views: Views | None = None,
     **options: Any,
 ) -> list[Ensemble]:
-    """Draw ``members`` label maps of each image.
+    """Draw ``members`` label maps of each image, the models in turn.
 
     The noise of a member follows from (seed, name of the image, its number), whatever else is drawn beside.
 
     Args:
-        model: one that generates label maps.
-        images: ``(C, *S)`` each, what the model is given, in its range and on its grid.
+        models: one or several that generate label maps of the same classes from the same images.
+        images: ``(C, *S)`` each, what a model is given, in its range and on its grid.
         names: one an image.
         members: label maps an image.
         seed, batch_size, precision: see :meth:`LatentDiffusionModel.sample_batches`.
         views: what members see; None is the image.
-        options: sampling options that differ from the model's defaults.
+        options: sampling options that differ from the models' defaults.
 
     Raises:
-        LdmError: the model generates images, or ``members`` is below 1.
+        LdmError: a model generates images, or ``members`` is below the number of models.
     """
-    if model.classes is None:
+    if any(model.classes is None for model in models):
         raise LdmError("This model generates images, not label maps; train one with ldm=segmentation.")
-    if members < 1:
-        raise LdmError(f"members is {members}; legal: 1 or more, 5 in the paper.")
+    if members < len(models):
+        one = "1 or more, 5 in the paper" if len(models) == 1 else f"{len(models)} or more, one of each model"
+        raise LdmError(f"members is {members}; legal: {one}.")
     if not images:
         return []
-    numbered = range(members)
-    given = [image if views is None else views.seen(image, member) for image in images for member in numbered]
-    numbers = [(zlib.crc32(name.encode()) + member) % NUMBERS for name in names for member in numbered]
-    rows = [{} for _ in given]
-    drawn = model.sample_batches(rows, numbers, seed, batch_size, precision, {"image": given}, **options)
-    masks = np.concatenate([batch.images for batch in drawn])  # (N * M, K, *S)
-    ensembles = np.split(class_probabilities(masks), len(images))  # (M, K + 1, *S) each
-    return [Ensemble(one if views is None else views.back(one)) for one in ensembles]
+    drawn = np.empty((len(images), members, len(models[0].classes.names) + 1, *images[0].shape[1:]), np.float32)
+    for first, model in enumerate(models):
+        own = range(first, members, len(models))
+        given = [image if views is None else views.seen(image, member) for image in images for member in own]
+        numbers = [(zlib.crc32(name.encode()) + member) % NUMBERS for name in names for member in own]
+        rows = [{} for _ in given]
+        batches = model.sample_batches(rows, numbers, seed, batch_size, precision, {"image": given}, **options)
+        masks = np.concatenate([batch.images for batch in batches])  # (N * own, K, *S)
+        drawn[:, own] = class_probabilities(masks).reshape(len(images), len(own), *drawn.shape[2:])
+    return [Ensemble(one if views is None else views.back(one)) for one in drawn]  # (M, K + 1, *S) each

@@ -114,7 +114,7 @@ class SegmentationPanels(FigureCallback):
     def _validate(self, trainer: Trainer, module: LightningModule) -> None:
         model, names = module.model.eval(), [case.id for case in self.cases]
         ensembles = draw_ensembles(
-            model, [case.image for case in self.cases], names, self.members, num_inference_steps=self.steps
+            [model], [case.image for case in self.cases], names, self.members, num_inference_steps=self.steps
         )
         found = [ensemble.labels for ensemble in ensembles]
         scores = class_dice(found, self.cases, model.classes.names)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm.applications.segmentation import in_file_space, in_order, telling, volumes
-from ldm.applications.segmentation_sources import NetworkSource
+from ldm.applications.segmentation_sources import DiffusionSource, NetworkSource
 from ldm.data.augmentation import Augmentation
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
@@ -45,8 +45,53 @@ def test_several_networks_are_a_deep_ensemble(image):
     assert (source.facts["kind"], ensemble.probabilities.shape) == ("deep ensemble", (2, 2, 16, 16))
     np.testing.assert_allclose(ensemble.probabilities[1], second.probabilities(image[None])[0])
     other = replace(second, facts={"split_sha256": "t"})
-    with pytest.raises(LdmError, match="same classes, preprocessing and split"):
+    with pytest.raises(LdmError, match="same classes, images, preprocessing and split"):
         NetworkSource([first, other], ["a", "b"])
+    for members in (1, 5):
+        with pytest.raises(LdmError, match=f"members is {members}; legal: 2, one of each network, without augment"):
+            NetworkSource([first, second], ["a", "b"], members)
+    with pytest.raises(LdmError, match="members is 1; legal: 2 or more, one of each network"):
+        NetworkSource([first, second], ["a", "b"], 1, augmentation=Augmentation(flip_axes=(0,)))
+
+
+class Constant:
+    """A diffusion model whose every map is "inside" to the same degree, and that remembers whom it drew."""
+
+    def __init__(self, value, steps=20, **header):
+        self.value, self.steps, self.numbers, self.classes = value, steps, [], CLASSES
+        self.header = {"conditioners": {"image": {"channels": ["T1", "FLAIR"]}}, "target": {"unnamed": []}}
+        self.header |= {"split_sha256": "s", "tensors_sha256": str(value), **header}
+        self.input_preprocessing = network(0).preprocessing
+
+    def settings(self, options):
+        return SimpleNamespace(num_inference_steps=options.get("num_inference_steps", self.steps))
+
+    def sample_batches(self, rows, numbers, seed, batch_size, precision, inputs, **options):
+        self.numbers += numbers
+        assert len(rows) == len(numbers) == len(inputs["image"])
+        yield SimpleNamespace(images=np.full((len(rows), 1, 16, 16), self.value, np.float32))
+
+
+def test_several_diffusion_models_draw_the_members_in_turn(image):
+    first, second = Constant(-1), Constant(0.5)
+    source = DiffusionSource([first, second], members=5)
+    ensembles = source.ensembles([image, image], ["one", "other"])
+    inside = np.stack([one.probabilities[:, 1] for one in ensembles])  # (2, 5, 16, 16)
+    np.testing.assert_allclose(inside[..., 0, 0], [[0, 0.75, 0, 0.75, 0]] * 2)
+    assert [len(one.numbers) for one in (first, second)] == [6, 4]
+    assert not set(first.numbers) & set(second.numbers)  # no noise twice
+    assert source.facts["model_sha256"] == ["-1", "0.5"]
+    assert not source.joint
+
+    assert [DiffusionSource([first] * count).members for count in (1, 7)] == [5, 7]
+    for other, message in (
+        (Constant(0, split_sha256="t"), "same classes, images, preprocessing and split"),
+        (Constant(0, steps=10), "same sampling settings"),
+    ):
+        with pytest.raises(LdmError, match=f"those of an ensemble need the {message}"):
+            DiffusionSource([first, other])
+    with pytest.raises(LdmError, match="members is 1; legal: 2 or more, one of each model"):
+        DiffusionSource([first, second], members=1)
 
 
 def test_dropout_draws_members_by_name_and_seed(image):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from ldm.applications.segmentation_sources import MEMBERS
 from ldm.commands.main import conf_dir
 from ldm.commands.run import plain
 from ldm.commands.target import asked_conditioners
@@ -28,8 +29,7 @@ def test_what_is_published_is_in_the_preset(config):
     level = list(ldm.network.attention_levels).index(True)
     assert config.data.shape[0] // 2**level == 16  # attention at 16
     assert ldm.network.num_head_channels == ldm.network.channels[level]  # one head
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        assert compose("segment").members == 5
+    assert MEMBERS == 5
 
 
 def test_the_network_is_given_all_sequences_at_every_step(config):
