@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldm.applications.segmentation_sources import Source
+from ldm.applications.segmentation_sources import EnsembleSource
 from ldm.data import images
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
@@ -40,7 +40,7 @@ SHOWN = 6  # subjects in the panel
 # subjects ---------------------------------------------------------------------------------------------
 
 
-def in_order(record: Record, source: Source) -> Record:
+def in_order(record: Record, source: EnsembleSource) -> Record:
     """The record with the images that the source is given, in its order.
 
     Raises:
@@ -61,7 +61,7 @@ def in_order(record: Record, source: Source) -> Record:
     return Record(record.id, record.subject, chosen, record.labels, record.covariates, record.split, record.place)
 
 
-def check_labels(record: Record, source: Source) -> None:
+def check_labels(record: Record, source: EnsembleSource) -> None:
     """Refuse a label map that cannot be compared with.
 
     Raises:
@@ -155,7 +155,7 @@ def interval_of(members: Sequence[float]) -> tuple[float, float] | tuple[None, N
 
 
 def segment(
-    source: Source,
+    source: EnsembleSource,
     records: Sequence[Record],
     out: Path,
     provenance: Mapping[str, Any],
@@ -213,7 +213,7 @@ def segment(
     return table
 
 
-def write_result(out: Path, record: Record, result: Result, source: Source, geometry: Geometry) -> None:
+def write_result(out: Path, record: Record, result: Result, source: EnsembleSource, geometry: Geometry) -> None:
     """Write one subject; its volumes last, which say that it is whole."""
     stored = source.classes.values_of(torch.from_numpy(result.labels)).numpy()
     members = source.classes.values_of(torch.from_numpy(result.members)).numpy()
@@ -231,7 +231,7 @@ def write_result(out: Path, record: Record, result: Result, source: Source, geom
     write_json(_volumes_file(out, record), volumes(result, source.classes))
 
 
-def read_result(out: Path, record: Record, source: Source) -> Result:
+def read_result(out: Path, record: Record, source: EnsembleSource) -> Result:
     """What :func:`segment` wrote for a subject.
 
     Raises:
@@ -252,7 +252,7 @@ def read_result(out: Path, record: Record, source: Source) -> Result:
     return Result(labels, members, arrays["mean"], arrays["variance"], arrays["entropy"], spacing)
 
 
-def read_truth(record: Record, source: Source) -> np.ndarray:
+def read_truth(record: Record, source: EnsembleSource) -> np.ndarray:
     """Class indices ``(*S)`` of a subject's label map, in the space of its file."""
     stored = images.read(record.labels, spatial_dims=source.preprocessing.spatial_dims).array[0]
     return source.classes.classes(torch.from_numpy(stored.astype(np.uint8))).numpy()
@@ -271,7 +271,7 @@ def telling(out: Path, records: Sequence[Record]) -> list[Record]:
     return [records[index] for index in [*chosen, *order[len(some) :]][:SHOWN]]
 
 
-def write_panel(out: Path, records: Sequence[Record], source: Source) -> Path:
+def write_panel(out: Path, records: Sequence[Record], source: EnsembleSource) -> Path:
     """Images, truth where there is one, segmentation, mean and variance of some subjects."""
     rows = []
     for record in records:

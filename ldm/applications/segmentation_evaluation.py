@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ldm.applications.segmentation import Result, interval_of, read_result, read_truth
-from ldm.applications.segmentation_sources import Source
+from ldm.applications.segmentation_sources import EnsembleSource
 from ldm.data.draft import Record
 from ldm.metrics import segmentation as measures
 
@@ -21,7 +21,7 @@ PER_PATIENT = ("ece_region", "spearman", "uncertainty")
 
 
 def evaluate(
-    source: Source,
+    source: EnsembleSource,
     records: Sequence[Record],
     out: Path,
     split: str | None = None,
@@ -187,7 +187,7 @@ def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.ravel() for array in arrays])
 
 
-def _through_the_grid(record: Record, source: Source) -> np.ndarray:
+def _through_the_grid(record: Record, source: EnsembleSource) -> np.ndarray:
     """The label map ``(*S)`` as class indices as a perfect answer on the model's grid would be written."""
     recipe = source.preprocessing
     _, geometry = recipe.load(record)

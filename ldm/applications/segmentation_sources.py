@@ -22,7 +22,7 @@ from ldm.model.segmenter import Segmenter
 MEMBERS = 5  # as in the paper
 
 
-class Source(ABC):
+class EnsembleSource(ABC):
     """What draws ensembles.
 
     Attributes:
@@ -66,7 +66,7 @@ class Source(ABC):
         """An ensemble of each image ``(C, *S)``; randomness follows from the image's name."""
 
 
-class DiffusionSource(Source):
+class DiffusionSource(EnsembleSource):
     """A diffusion model that generates label maps, or several of the same task, which draw in turn.
 
     Args:
@@ -112,12 +112,12 @@ class DiffusionSource(Source):
         self._see(augmentation, members, seed)
 
     def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
-        """See :class:`Source`."""
+        """See :class:`EnsembleSource`."""
         settings = (self.members, self.seed, self.batch_size, self.precision, self.views)
         return draw_ensembles(self.models, arrays, names, *settings, **self.options)
 
 
-class NetworkSource(Source):
+class NetworkSource(EnsembleSource):
     """Networks of ``ldm train-segmenter``: several are a deep ensemble (Lakshminarayanan et al. 2017), one with dropout
     draws its members with dropout switched on (Gal & Ghahramani 2016), one without is a single member. With an
     augmentation members are views of the image, which the networks see in turn.
@@ -164,7 +164,7 @@ class NetworkSource(Source):
         self._see(augmentation, self.members, seed)
 
     def ensembles(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[Ensemble]:
-        """See :class:`Source`."""
+        """See :class:`EnsembleSource`."""
         return [self._ensemble(array, name) for array, name in zip(arrays, names, strict=True)]
 
     def _ensemble(self, array: np.ndarray, name: str) -> Ensemble:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ldm.applications.segmentation import Result, read_result, volumes, write_volumes
-from ldm.applications.segmentation_sources import Source
+from ldm.applications.segmentation_sources import EnsembleSource
 from ldm.data import images
 from ldm.data.draft import Record
 from ldm.data.stacks import Cut, put_back
@@ -18,7 +18,7 @@ from ldm.data.stacks import Cut, put_back
 FOLDER, TABLE = "stacked", "volumes.tsv"
 
 
-def stack_results(out: Path, records: Sequence[Record], source: Source) -> Path | None:
+def stack_results(out: Path, records: Sequence[Record], source: EnsembleSource) -> Path | None:
     """Write the results of slices as NIfTI files beside them, one set for every volume that slices were cut from.
 
     ``stacked/NAME_dseg.nii.gz`` and the others of :func:`ldm.applications.segmentation.segment`, in the space of the
@@ -69,7 +69,7 @@ def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Re
     return named
 
 
-def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result], source: Source) -> Result:
+def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result], source: EnsembleSource) -> Result:
     """Write a volume's files; returns labels and members ``([M, ]N, H, W)`` of its N slices, for their volumes."""
 
     def stored(indices: np.ndarray) -> np.ndarray:

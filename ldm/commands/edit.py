@@ -26,11 +26,11 @@ from ldm.commands.sample import (
 from ldm.data.stored import split_reference
 from ldm.diffusion.checks import check_number
 from ldm.errors import LdmError
+from ldm.model.edited_image import EditedImage
 from ldm.model.editing import Edit, Editing, between
 from ldm.model.inputs import as_lists
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.output import image_paths, write_request
-from ldm.model.source import Source
 from ldm.training import figures
 from ldm.training.panels import describe
 
@@ -56,9 +56,9 @@ def run(config: DictConfig) -> list[Path]:
     inputs = asked_inputs(asked, table)
     rows = asked_rows(asked.covariates, table, model, inputs)
     hashes = edit_hashes(config, image, inputs)
-    sources = [Source.read(model.preprocessing, image, None if config.fill is None else str(config.fill))]
+    sources = [EditedImage.read(model.preprocessing, image, None if config.fill is None else str(config.fill))]
     if kind == "to":
-        sources.append(Source.read(model.preprocessing, files(config.to)))
+        sources.append(EditedImage.read(model.preprocessing, files(config.to)))
     warn_of_cropping(sources)
     n = EDITS[kind][1] if config.n is None and not asks_for_several(asked) else config.n
     edit = prepare(model, kind, sources, config, rows, n, {**inputs, **sampling_options(config)})
@@ -124,7 +124,7 @@ def edit_hashes(config: DictConfig, image: Files, inputs: Mapping[str, Any]) -> 
     return files_sha256({"image": images, "mask": masks})
 
 
-def warn_of_cropping(sources: Sequence[Source]) -> None:
+def warn_of_cropping(sources: Sequence[EditedImage]) -> None:
     """Say that an image is larger than what the model sees."""
     if any(source.geometry.crops for source in sources):
         logger.warning(
@@ -137,7 +137,7 @@ def warn_of_cropping(sources: Sequence[Source]) -> None:
 def prepare(
     model: LatentDiffusionModel,
     kind: str,
-    sources: Sequence[Source],
+    sources: Sequence[EditedImage],
     config: DictConfig,
     rows: Sequence[Mapping[str, Any]] | None,
     n: int | None,
@@ -167,7 +167,7 @@ def draw(
     out: Path,
     config: DictConfig,
     edit: Edit,
-    source: Source,
+    source: EditedImage,
     provenance: Mapping[str, Any],
     given: Mapping[str, list[Any]],
 ) -> list[Path]:
@@ -197,7 +197,7 @@ def titles(kind: str, config: DictConfig, edit: Edit) -> list[str]:
 
 
 def mosaic_of(
-    model: LatentDiffusionModel, out: Path, sources: Sequence[Source], paths: Sequence[Path], names: Sequence[str]
+    model: LatentDiffusionModel, out: Path, sources: Sequence[EditedImage], paths: Sequence[Path], names: Sequence[str]
 ) -> Path:
     """Write the images that were edited as files, in the units of the results, and a picture of all, the image first.
 

@@ -36,8 +36,8 @@ from ldm.training import figures
 logger = logging.getLogger(__name__)
 
 MASK_ROWS = {
-    "samples": masks.SAMPLES,
-    "held-out images": masks.HELD_OUT,
+    "samples": masks.OF_SAMPLES,
+    "held-out images": masks.OF_HELD_OUT,
     "reconstructions": masks.REBUILT,
     "chance": masks.CHANCE,
 }

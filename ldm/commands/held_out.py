@@ -16,7 +16,7 @@ from ldm.data.images import read
 from ldm.errors import LdmError
 from ldm.evaluation.fidelity import ImageSet
 from ldm.evaluation.pictures import evenly
-from ldm.evaluation.reconstruction import HELD_OUT
+from ldm.evaluation.reconstruction import HELD_OUT_SPLITS
 from ldm.model.generative import Generative
 from ldm.model.output import in_model_space
 
@@ -66,7 +66,7 @@ def held_out(
     """
     images, rows, records = [], [], []
     chosen = [datamodule.preprocessing.channels.index(name) for name in channels]
-    for split in HELD_OUT:
+    for split in HELD_OUT_SPLITS:
         dataset = datamodule.dataset(split)
         for position in range(len(dataset)):
             item = dataset[position]

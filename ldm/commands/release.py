@@ -13,8 +13,8 @@ from ldm.applications.release import (
     Release,
     Session,
     bids_suffixes,
-    check_count,
     check_model,
+    check_volume_count,
     conditions_from,
     read_audit,
     read_evaluation,
@@ -61,7 +61,7 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
     if config.n is not None and config.repeats != 1:
         raise LdmError(f"n is {config.n} and repeats {config.repeats}: give one of them.")
     if config.n is not None:
-        check_count(config.n)
+        check_volume_count(config.n)
     sha256 = model.header["tensors_sha256"]
     sampling = vars(model.settings(sampling_options(config)))
     audit = read_audit(config.audit, sha256, config.release_without_audit, sampling)

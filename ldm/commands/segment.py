@@ -23,7 +23,7 @@ from ldm.applications.segmentation_report import (
     report,
     verdict,
 )
-from ldm.applications.segmentation_sources import DiffusionSource, NetworkSource, Source
+from ldm.applications.segmentation_sources import DiffusionSource, EnsembleSource, NetworkSource
 from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
@@ -91,7 +91,11 @@ def check_settings(config: DictConfig) -> None:
 
 
 def measure(
-    config: DictConfig, source: Source, records: Sequence[Record], out: Path, others: Mapping[str, Mapping[str, Any]]
+    config: DictConfig,
+    source: EnsembleSource,
+    records: Sequence[Record],
+    out: Path,
+    others: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write ``metrics.json`` and ``report.html``, the other evaluations in the same table."""
     split = None if config.images is not None else config.split or records[0].split
@@ -113,7 +117,7 @@ def measure(
     logger.info("Report: %s", page)
 
 
-def find_source(config: DictConfig) -> Source:
+def find_source(config: DictConfig) -> EnsembleSource:
     """The diffusion models, or the networks, of ``model``: one or several of a kind.
 
     Raises:
@@ -145,7 +149,7 @@ def find_source(config: DictConfig) -> Source:
     return DiffusionSource(models, *settings, options, augmentation)
 
 
-def asked_records(config: DictConfig, source: Source) -> list[Record]:
+def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
     """The subjects of ``images``, named by the table's participant_id, or numbered.
 
     Raises:
@@ -169,7 +173,7 @@ def asked_records(config: DictConfig, source: Source) -> list[Record]:
     ]
 
 
-def _images(value: Any, source: Source) -> dict[str, str]:
+def _images(value: Any, source: EnsembleSource) -> dict[str, str]:
     """The images of a subject by name; a file alone is that of a model that is given one."""
     if isinstance(value, dict):
         return {name: file for name, file in value.items() if file is not None}
@@ -179,7 +183,7 @@ def _images(value: Any, source: Source) -> dict[str, str]:
     return {source.channels[0]: value}
 
 
-def cohort_records(config: DictConfig, source: Source) -> list[Record]:
+def cohort_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
     """Records of the cohort that ``split`` names.
 
     Raises:

@@ -39,7 +39,7 @@ from ldm.training.ema import EMA
 from ldm.training.fit import check_trainer, fit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.panels import FigureCallback, SamplePanels
-from ldm.training.segmentation_panels import Case, SegmentationPanels
+from ldm.training.segmentation_panels import LabelledImage, SegmentationPanels
 from ldm.training.snapshots import EMASnapshots, PosthocEMA
 
 logger = logging.getLogger(__name__)
@@ -344,6 +344,6 @@ def segmentation_panels(
         item = dataset[case]
         truth = classes.classes(item["labels"]).numpy()  # (*S)
         record = datamodule.cohort.records[item["index"]]
-        cases.append(Case(record.id, record.subject, item["image"][channels].numpy(), truth))
+        cases.append(LabelledImage(record.id, record.subject, item["image"][channels].numpy(), truth))
     ldm = config.ldm
     return SegmentationPanels(run_dir, cases, ldm.val_members, ldm.val_steps, ldm.keep_best, ldm.patience)

@@ -20,8 +20,8 @@ from ldm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples: asked map and the map found"
-HELD_OUT = "held-out images: own map and the map found"
+OF_SAMPLES = "samples: asked map and the map found"
+OF_HELD_OUT = "held-out images: own map and the map found"
 REBUILT = "the same, reconstructed"
 CHANCE = "samples: asked map and the map found in another subject's sample"
 PROTOCOL = {
@@ -84,8 +84,8 @@ def mask_dice(
         seed: of the bootstrap.
 
     Returns:
-        ``labels``: for each label and row (:data:`SAMPLES`, :data:`HELD_OUT`, :data:`REBUILT` and, if more than one
-        subject was asked for, :data:`CHANCE`) ``mean``, ``std``, ``interval`` and ``n``, see :func:`summary`; and
+        ``labels``: for each label and row (:data:`OF_SAMPLES`, :data:`OF_HELD_OUT`, :data:`REBUILT` and, if more than
+        one subject was asked for, :data:`CHANCE`) ``mean``, ``std``, ``interval`` and ``n``, see :func:`summary`; and
         ``protocol``.
     """
     truth = [segmenter.labels.classes(torch.from_numpy(mask)) for mask in masks]  # (*S) each
@@ -95,8 +95,8 @@ def mask_dice(
     )
     everyone, whose = range(len(masks)), [subjects[k] for k in asked]
     pairs = {
-        SAMPLES: (asked, on_samples),
-        HELD_OUT: (everyone, on_real),
+        OF_SAMPLES: (asked, on_samples),
+        OF_HELD_OUT: (everyone, on_real),
         REBUILT: (everyone, on_rebuilt),
         CHANCE: (asked, [on_samples[other] for other in other_subjects(whose)]),
     }

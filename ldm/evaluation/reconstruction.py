@@ -13,7 +13,7 @@ from ldm.data.draft import Record
 from ldm.model.generative import Generative
 from ldm.training.vae import psnr
 
-HELD_OUT = ("test", "valid")  # splits that no stage is trained on
+HELD_OUT_SPLITS = ("test", "valid")  # splits that no stage is trained on
 
 
 def reconstructions(
@@ -37,7 +37,9 @@ def quality(
     span = value_range[1] - value_range[0]
     values = [psnr(torch.from_numpy(x), torch.from_numpy(y), span) for x, y in zip(real, rebuilt, strict=True)]
     found = mean_psnr(values)
-    splits = {name: [v for v, one in zip(values, records, strict=True) if one.split == name] for name in HELD_OUT}
+    splits = {
+        name: [v for v, one in zip(values, records, strict=True) if one.split == name] for name in HELD_OUT_SPLITS
+    }
     if all(splits.values()):
         found["splits"] = {name: mean_psnr(some) for name, some in splits.items()}
     return found

@@ -149,6 +149,6 @@ def masks_in_words(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, rows in labels.items():
         means = {row: f"{values['mean']:.3f}" for row, values in rows.items() if values["n"]}
-        if masks.SAMPLES in means:
+        if masks.OF_SAMPLES in means:
             lines.append(f"{name}, Dice: " + "; ".join(f"{row} {mean}" for row, mean in means.items()) + ".")
     return lines

@@ -27,7 +27,7 @@ SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Case:
+class LabelledImage:
     """A held-out image with its label map.
 
     Attributes:
@@ -63,7 +63,7 @@ class SegmentationPanels(FigureCallback):
     def __init__(
         self,
         folder: Path,
-        cases: Sequence[Case],
+        cases: Sequence[LabelledImage],
         members: int,
         steps: int,
         keep_best: bool = False,
@@ -141,7 +141,7 @@ class SegmentationPanels(FigureCallback):
             module.model.save(self.best)
 
 
-def class_dice(found: Sequence[np.ndarray], cases: Sequence[Case], classes: Sequence[str]) -> dict[str, float]:
+def class_dice(found: Sequence[np.ndarray], cases: Sequence[LabelledImage], classes: Sequence[str]) -> dict[str, float]:
     """Dice of each class that any subject has, averaged over those; a subject's images are counted together."""
     subjects: dict[str, list[int]] = defaultdict(list)
     for position, case in enumerate(cases):

@@ -17,7 +17,7 @@ from ldm.data.intensity import IntensityRecipe
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
-from ldm.model.source import Source
+from ldm.model.edited_image import EditedImage
 from tests.model.test_transfer import AGE, SEX, model
 
 # posterior and right come first, and no voxel size is the model's
@@ -132,11 +132,11 @@ def test_a_region_that_cannot_be_filled_in_is_refused(tmp_path):
     ):
         write_scan(fill, region, affine)
         with pytest.raises(LdmError, match=message):
-            Source.read(volumes(("T1",)), image, fill)
+            EditedImage.read(volumes(("T1",)), image, fill)
     with pytest.raises(LdmError, match="Expected a file for each of T1, T2, got T1"):
-        Source.read(volumes(("T1", "T2")), {"T1": image})
+        EditedImage.read(volumes(("T1", "T2")), {"T1": image})
     with pytest.raises(LdmError, match=r"T1.nii.gz: 1 channel\(s\); the model has T1, T2"):
-        Source.read(volumes(("T1", "T2")), image)
+        EditedImage.read(volumes(("T1", "T2")), image)
 
 
 def test_pictures_are_interpolated_at_their_own_size(ldm, tmp_path):

@@ -17,7 +17,16 @@ from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.errors import LdmError
 from ldm.evaluation.fidelity import ImageSet
-from ldm.evaluation.masks import CHANCE, HELD_OUT, REBUILT, SAMPLES, mask_dice, mask_segmenter, other_subjects, summary
+from ldm.evaluation.masks import (
+    CHANCE,
+    OF_HELD_OUT,
+    OF_SAMPLES,
+    REBUILT,
+    mask_dice,
+    mask_segmenter,
+    other_subjects,
+    summary,
+)
 from ldm.evaluation.pages import template
 from ldm.evaluation.report import masks_in_words
 from ldm.model.segmenter import Segmenter, build_segmenter
@@ -65,9 +74,9 @@ def test_obedient_samples_reach_the_ceiling_and_chance_does_not():
     for one, column in zip(narrower, (0, 3, 6), strict=True):
         one[0, :, column + 1] = 0  # half of the stripe, 8 of 15 voxels of class 1, is not found any more
     rows = rows_of([IMAGES[k] for k in subjects], subjects, rebuilt=narrower)["left"]
-    assert rows[SAMPLES] == {"mean": 1.0, "std": 0.0, "interval": [1.0, 1.0], "n": 4}
-    assert rows[HELD_OUT]["mean"] == 1
-    assert rows[HELD_OUT]["n"] == 3
+    assert rows[OF_SAMPLES] == {"mean": 1.0, "std": 0.0, "interval": [1.0, 1.0], "n": 4}
+    assert rows[OF_HELD_OUT]["mean"] == 1
+    assert rows[OF_HELD_OUT]["n"] == 3
     assert rows[REBUILT]["mean"] == pytest.approx(2 * 7 / (7 + 15))
     assert rows[CHANCE]["mean"] == 0
     assert rows[CHANCE]["n"] == 4
@@ -77,7 +86,7 @@ def test_samples_that_are_all_the_same_do_no_better_than_chance():
     subjects = [0, 1, 2]
     rows = rows_of([IMAGES[0]] * 3, subjects)
     for label in ("left", "right"):
-        assert rows[label][SAMPLES]["mean"] == pytest.approx(1 / 3)  # subject 0 is one of three
+        assert rows[label][OF_SAMPLES]["mean"] == pytest.approx(1 / 3)  # subject 0 is one of three
         assert rows[label][CHANCE]["mean"] == pytest.approx(1 / 3)
 
 
@@ -86,10 +95,10 @@ def test_a_label_that_is_missing_scores_0_and_one_that_nobody_has_is_not_counted
     without[without == 2] = 0
     nothing = [np.zeros((1, 8, 8), np.float32)] * 2
     rows = rows_of([without, IMAGES[2]], [1, 2])["right"]
-    assert (rows[SAMPLES]["mean"], rows[SAMPLES]["n"]) == (0.5, 2)
+    assert (rows[OF_SAMPLES]["mean"], rows[OF_SAMPLES]["n"]) == (0.5, 2)
     empty = [np.zeros((8, 8), np.uint8)] * 2
     result = mask_dice(Reader(), empty, nothing, nothing, nothing, [0, 1], "ab")
-    assert result["labels"]["left"][SAMPLES] == {"mean": None, "std": None, "interval": None, "n": 0}
+    assert result["labels"]["left"][OF_SAMPLES] == {"mean": None, "std": None, "interval": None, "n": 0}
     assert masks_in_words(result["labels"]) == []
     json.dumps(result)
 
@@ -106,7 +115,7 @@ def test_two_scans_of_a_subject_are_not_two_subjects():
     masks, images = [MASKS[0], MASKS[0], MASKS[2]], [IMAGES[0], IMAGES[0], IMAGES[2]]
     rows = rows_of(images, [0, 1, 2], images, images, masks, "aab")["left"]
     assert rows[CHANCE]["mean"] == 0  # never the other scan of the same subject
-    assert rows[HELD_OUT]["interval"] == [1, 1]
+    assert rows[OF_HELD_OUT]["interval"] == [1, 1]
     for row in rows_of(images, [0, 1, 2], images, images, masks, "aaa")["left"].values():
         assert row["interval"] is None
         assert row["n"] == 3
@@ -164,11 +173,11 @@ def test_evaluate_reads_the_maps_and_says_what_it_left_out(segmenter, tmp_path, 
     setup = SimpleNamespace(config=config, model=model, datamodule=SimpleNamespace(cohort=cohort))
     with caplog.at_level("INFO", "ldm"):
         found = mask_agreement(setup, images)
-    assert [found["labels"]["left"][row]["n"] for row in (SAMPLES, HELD_OUT, REBUILT, CHANCE)] == [2] * 4
+    assert [found["labels"]["left"][row]["n"] for row in (OF_SAMPLES, OF_HELD_OUT, REBUILT, CHANCE)] == [2] * 4
     assert "Dice of left: samples" in caplog.text
     page = template("masks.html").render(masks=found)
     assert page.count("<td>left</td>") == 4
-    assert f"{found['labels']['left'][SAMPLES]['mean']:.3f}" in page
+    assert f"{found['labels']['left'][OF_SAMPLES]['mean']:.3f}" in page
     assert "another split" not in page
     del found["trained_on_split"]  # as an older evaluation has it
     assert template("masks.html").render(masks=found) == page

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import LdmError
-from ldm.training.segmentation_panels import METRIC, Case, SegmentationPanels
+from ldm.training.segmentation_panels import METRIC, LabelledImage, SegmentationPanels
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def train(tmp_path, monkeypatch):
     """Validate once a score, as training would; returns after how many it was stopped, or None."""
 
     def run(scores, patience, step=1):
-        case = Case("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
+        case = LabelledImage("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
         panels = SegmentationPanels(tmp_path, [case], 1, 1, patience=patience)
         strategy = SimpleNamespace(broadcast=lambda value: value)
         trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, should_stop=False)
@@ -54,7 +54,7 @@ def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
     run = tmp_path / "run"
     (run / "figures").mkdir(parents=True)
     (run / "model-best.safetensors").write_bytes(b"of before")
-    case = Case("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
+    case = LabelledImage("a", "a", np.zeros((1, 2, 2)), np.ones((2, 2)))
     for step, there in ((5, True), (0, False)):
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 0, METRIC: 0.9}) + "\n")
         panels = SegmentationPanels(run, [case], 1, 1, keep_best=True)
@@ -67,7 +67,7 @@ def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
 @pytest.mark.parametrize("choosing", [{"patience": 2}, {"keep_best": True}])
 @pytest.mark.parametrize("truths", [(), (np.zeros((2, 2)),)])
 def test_without_a_held_out_class_there_is_nothing_to_choose_by(tmp_path, choosing, truths):
-    cases = [Case("a", "a", np.zeros((1, 2, 2)), truth) for truth in truths]
+    cases = [LabelledImage("a", "a", np.zeros((1, 2, 2)), truth) for truth in truths]
     SegmentationPanels(tmp_path, cases, 1, 1)
     with pytest.raises(LdmError, match=f"none of the {len(cases)} held-out images has a class"):
         SegmentationPanels(tmp_path, cases, 1, 1, **choosing)

@@ -7,7 +7,7 @@ Nothing that is written depends on who writes it: a volume's bytes are fixed by 
 from ldm.applications.release.audit import read_audit
 from ldm.applications.release.conditions import Conditions, conditions_from
 from ldm.applications.release.evaluation import read_evaluation
-from ldm.applications.release.plan import FILE, Plan, bids_suffixes, check_count, check_model
+from ldm.applications.release.plan import FILE, Plan, bids_suffixes, check_model, check_volume_count
 from ldm.applications.release.work import Release, Session
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "Release",
     "Session",
     "bids_suffixes",
-    "check_count",
     "check_model",
+    "check_volume_count",
     "conditions_from",
     "read_audit",
     "read_evaluation",

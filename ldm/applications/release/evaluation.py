@@ -13,7 +13,7 @@ from ldm.applications.release.conditions import check_text
 from ldm.errors import LdmError
 from ldm.evaluation.distances import BETTER
 from ldm.evaluation.goals import generated_row, verdicts
-from ldm.evaluation.masks import HELD_OUT, SAMPLES
+from ldm.evaluation.masks import OF_HELD_OUT, OF_SAMPLES
 from ldm.evaluation.pages import METRICS
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
@@ -87,7 +87,7 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[Row]:
             unit = f" in {entry['unit']}" if key == "mae" and entry.get("unit") else ""
             yield f"{name}: {AGREEMENT[key]}{unit}", entry["samples"], entry["instrument_on_held_out"], key
     for name, rows in metrics.get("mask_dice", {}).get("labels", {}).items():
-        yield f"{name}: Dice with the asked label map", rows.get(SAMPLES, {}), rows.get(HELD_OUT, {}), "mean"
+        yield f"{name}: Dice with the asked label map", rows.get(OF_SAMPLES, {}), rows.get(OF_HELD_OUT, {}), "mean"
 
 
 def _untrusted(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

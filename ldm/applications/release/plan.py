@@ -114,7 +114,7 @@ class Plan:
         return json.loads(json.dumps(plan, allow_nan=False))
 
 
-def check_count(n: int) -> int:
+def check_volume_count(n: int) -> int:
     """``n`` if it is a number of volumes that a release may have.
 
     Raises:

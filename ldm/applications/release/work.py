@@ -39,7 +39,15 @@ from ldm.applications.release.files import (
     sums,
     write_whole,
 )
-from ldm.applications.release.plan import FILE, Plan, check_count, environment, environment_id, planned_count, settle
+from ldm.applications.release.plan import (
+    FILE,
+    Plan,
+    check_volume_count,
+    environment,
+    environment_id,
+    planned_count,
+    settle,
+)
 from ldm.applications.release.shards import WORK, Shard, Volume, json_or
 from ldm.errors import LdmError
 from ldm.model.output import sample_name
@@ -115,7 +123,7 @@ class Release:
         for name, value in (("encoders", encoders), ("stale_after", stale_after)):
             if value < 1:
                 raise LdmError(f"{name} is {value}; legal: 1 or more.")
-        self.plan, self.n, self.out = plan, check_count(n), Path(out)
+        self.plan, self.n, self.out = plan, check_volume_count(n), Path(out)
         self.worker, self.encoders = worker_share(worker), encoders
         self.scratch = self.out / WORK / "tmp"
         self.claims = Claims(self.out / WORK / "claims", stale_after)

@@ -17,7 +17,7 @@ from ldm.errors import LdmError
 
 
 @dataclass(frozen=True)
-class Source:
+class EditedImage:
     """An image and, where only a part of it changes, that region.
 
     Attributes:
@@ -35,7 +35,7 @@ class Source:
     fill: np.ndarray | None = None
 
     @classmethod
-    def read(cls, preprocessing: Preprocessing, image: str | Mapping[str, str], fill: str | None = None) -> Source:
+    def read(cls, preprocessing: Preprocessing, image: str | Mapping[str, str], fill: str | None = None) -> EditedImage:
         """Read the file of an image, or {channel: file}, and the file of a region, which is where it is not 0.
 
         Raises:
