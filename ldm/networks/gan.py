@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm as spectrally_normalised
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, nearest
 from ldm.networks.stem import BlockStem, refinement
 
+NORMS = ("spectral", "group", "none")
 SLOPE = 0.2  # of the leaky rectifiers
 REFINE_CHANNELS = 8  # hidden ones, behind a stem
 
@@ -162,13 +163,15 @@ class ImageDiscriminator(nn.Module):
         channels: features of each level; every level halves the resolution.
         hidden: width of the hidden layer.
         embedding_dim: width of the condition, 0 for none.
-        spectral_norm: bound the Lipschitz constant of every layer (Miyato et al. 2018); else features are normalised.
+        norm: ``spectral`` bounds the Lipschitz constant of every layer (Miyato et al. 2018); ``group`` normalises the
+            features of each level over all channels and positions; ``none`` goes with a gradient penalty (Mescheder et
+            al. 2018).
         minibatch_std: images that are compared with each other, 0 for none: the hidden layer also sees how much so
             many consecutive images of a batch differ (Karras et al. 2018, section 3), by which it recognises a
             generator that draws the same image again and again. With it a score depends on the batch.
 
     Raises:
-        LdmError: the image is too small for the levels, or ``minibatch_std`` is 1 or less than 0.
+        LdmError: the image is too small for the levels, an unknown ``norm``, or ``minibatch_std`` is 1 or less than 0.
     """
 
     def __init__(
@@ -179,19 +182,23 @@ class ImageDiscriminator(nn.Module):
         channels: Sequence[int] = (32, 64, 128, 128),
         hidden: int = 128,
         embedding_dim: int = 0,
-        spectral_norm: bool = True,
+        norm: str = "spectral",
         minibatch_std: int = 0,
     ) -> None:
         super().__init__()
         if minibatch_std < 0 or minibatch_std == 1:
             raise LdmError(f"gan.discriminator.minibatch_std is {minibatch_std}; legal: 0 for none, or 2 and more.")
         self.minibatch_std = minibatch_std
-        norm = None if spectral_norm else ("GROUP", {"num_groups": 1})
-        self.trunk = Trunk(spatial_dims, in_channels, image_size, channels, norm, "gan.discriminator.channels")
+        if norm not in NORMS:
+            raise LdmError(
+                f"gan.discriminator.norm '{norm}' is unknown; legal: {', '.join(NORMS)}.{nearest(str(norm), NORMS)}"
+            )
+        of_features = ("GROUP", {"num_groups": 1}) if norm == "group" else None
+        self.trunk = Trunk(spatial_dims, in_channels, image_size, channels, of_features, "gan.discriminator.channels")
         self.hidden = nn.Linear(self.trunk.size + bool(minibatch_std), hidden)
         self.score = nn.Linear(hidden, 1)
         self.project = nn.Linear(embedding_dim, hidden, bias=False) if embedding_dim else None
-        if spectral_norm:
+        if norm == "spectral":
             for module in [one for one in self.modules() if isinstance(one, nn.Conv2d | nn.Conv3d | nn.Linear)]:
                 spectrally_normalised(module)
 

@@ -326,7 +326,7 @@ def test_another_split_or_preparation_is_refused(trained, ldm):
 
 
 def test_volumes_go_all_the_way(ldm, tiny, cohort_root, tmp_path):
-    settings = (*tiny, *NETWORKS, *VAEGAN, "gan.batch_size=2", "gan.discriminator.spectral_norm=false")
+    settings = (*tiny, *NETWORKS, *VAEGAN, "gan.batch_size=2", "gan.discriminator.norm=group")
     code, text = ldm("train-gan", *settings, "trainer.max_steps=1")
     assert not code, text
     assert "adaptive_norm on age, sex, ventricles_mm3, brain_mm3" in text

@@ -123,8 +123,10 @@ def test_spectral_norm_bounds_every_layer():
     assert len(layers) == 5
     for layer in layers:
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
-    plain = ImageDiscriminator(2, 1, (16, 16), channels=(8,), spectral_norm=False)
+    plain = ImageDiscriminator(2, 1, (16, 16), channels=(8,), norm="group")
     assert any(isinstance(one, torch.nn.GroupNorm) for one in plain.modules())
+    bare = ImageDiscriminator(2, 1, (16, 16), channels=(8,), norm="none")
+    assert not any(isinstance(one, torch.nn.GroupNorm) or hasattr(one, "parametrizations") for one in bare.modules())
 
 
 def test_a_discriminator_that_compares_images_sees_when_all_are_the_same():
@@ -137,18 +139,20 @@ def test_a_discriminator_that_compares_images_sees_when_all_are_the_same():
     assert same.grad.abs().max() == 0
 
     torch.manual_seed(0)
-    network = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, spectral_norm=False, minibatch_std=4)
+    network = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, norm="group", minibatch_std=4)
     x = torch.rand(4, 1, 8, 8)
     assert (network(x)[:1] - network(x[:1].repeat(4, 1, 1, 1))[:1]).abs() > 1e-4
-    alone = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, spectral_norm=False)
+    alone = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, norm="group")
     torch.testing.assert_close(alone(x)[:1], alone(x[:1]))
     with pytest.raises(LdmError, match="gan.discriminator.minibatch_std is 1; legal: 0 for none, or 2 and more"):
         ImageDiscriminator(2, 1, (8, 8), channels=(4,), minibatch_std=1)
+    with pytest.raises(LdmError, match="gan.discriminator.norm 'spectrl' is unknown.*Did you mean 'spectral'"):
+        ImageDiscriminator(2, 1, (8, 8), channels=(4,), norm="spectrl")
 
 
 def test_a_condition_changes_the_score_by_its_inner_product_with_the_image():
     torch.manual_seed(0)
-    network = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, embedding_dim=3, spectral_norm=False)
+    network = ImageDiscriminator(2, 1, (8, 8), channels=(4,), hidden=4, embedding_dim=3, norm="group")
     x, e = torch.rand(2, 1, 8, 8), torch.randn(2, 3)
     zero, one, double = (network(x, factor * e) for factor in (0, 1, 2))
     torch.testing.assert_close(network(x), zero)

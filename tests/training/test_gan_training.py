@@ -16,7 +16,7 @@ from ldm.training.gan import MODULES, discriminator_loss, generator_loss, gradie
 from tests.model.test_gan_model import gan
 from tests.training.test_stages import OPTIMIZER
 
-DISCRIMINATOR = {"channels": [8, 8], "hidden": 8, "spectral_norm": True, "lr": 1e-3}
+DISCRIMINATOR = {"channels": [8, 8], "hidden": 8, "norm": "spectral", "lr": 1e-3}
 LOSS = {
     "lsgan": {"adversarial_weight": 1.0, "r1_weight": 0.0},
     "vaegan": {
