@@ -12,7 +12,6 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.progress import track
 
-from ldm.applications.release import FILE as RELEASE
 from ldm.commands.held_out import expect_a_split
 from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_rows, asked_table, draw, load_model
@@ -24,11 +23,11 @@ from ldm.errors import LdmError
 from ldm.evaluation.audit import AuditResult, AuditSettings, Scans, audit, check_subjects
 from ldm.evaluation.audit_report import pair_pictures, write_audit_page
 from ldm.evaluation.spaces import audit_spaces, check_matcher, checked_flips, has_autoencoder, reconstruction
-from ldm.files import read_json, write_json
+from ldm.files import write_json
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.matcher import Matcher
 from ldm.model.output import as_written, file_ends, grouped, in_model_space
-from ldm.model.provenance import PROVENANCE
+from ldm.model.provenance import PROVENANCE, RELEASE, read_provenance
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def synthetic_folder(config: DictConfig, model: LatentDiffusionModel | None, pat
     source = Path(config.synthetic)
     if not source.is_dir():
         raise LdmError(f"synthetic={source}: is no folder of images.")
-    drawn_from = provenance(source).get("model_sha256")
+    drawn_from = read_provenance(source).get("model_sha256")
     if model is not None and drawn_from not in (None, model.header["tensors_sha256"]):
         raise LdmError(
             f"synthetic={source}: was drawn from model {drawn_from[:16]}, {path} is "
@@ -137,7 +136,7 @@ def origin(source: Path, model: LatentDiffusionModel | None) -> dict[str, Any]:
         source: the folder.
         model: whose latents are looked in; that it is given is no evidence that it drew the images.
     """
-    known = provenance(source)
+    known = read_provenance(source)
     drawn_from, remark = known.get("model_sha256"), {}
     if drawn_from is None:
         logger.warning(
@@ -156,23 +155,14 @@ def origin(source: Path, model: LatentDiffusionModel | None) -> dict[str, Any]:
     }
 
 
-def provenance(folder: Path) -> dict[str, Any]:
-    """What ``ldm sample`` or ``ldm release`` left beside its images; empty for other folders."""
-    known = [folder / name for name in (PROVENANCE, RELEASE) if (folder / name).is_file()]
-    return read_json(known[0], "what is known of the images") if known else {}
-
-
 def read_folder(recipe: Preprocessing, folder: Path) -> Iterable[np.ndarray]:
     """Images ``(C, *S)`` of a folder that was written as `ldm sample` or `ldm release` does, in order of their names.
 
     Raises:
         LdmError: there are none, or one lacks the file of a channel.
     """
-    ends, where = file_ends(recipe), "sub-*"
-    if (folder / RELEASE).is_file():
-        suffixes = provenance(folder)["suffixes"]
-        ends, where = [f"_{suffixes[channel]}.nii.gz" for channel in recipe.channels], "shard-*/sub-*/anat/sub-*"
-    groups = grouped(folder.glob(where), ends)
+    ends = file_ends(recipe, folder)
+    groups = grouped(folder.glob("shard-*/sub-*/anat/sub-*" if (folder / RELEASE).is_file() else "sub-*"), ends)
     if not groups:
         raise LdmError(f"{folder} has no images sub-*{ends[0]}, which is how `ldm sample` writes those of this cohort.")
     for files in track(groups, "reading synthetic images"):

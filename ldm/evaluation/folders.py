@@ -34,8 +34,9 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
         network: a feature network with a preprocessing.
         real, synthetic: folders; of their files, at any depth, all that are images count, but for label maps and the
             mosaic that ``ldm sample`` adds. A file is one image, but ``NAME_CHANNEL.nii.gz`` (2-D: ``.png``) of all
-            channels are one together, as ``ldm sample`` writes it; an array in an ``.npz`` or ``.npy`` file with one
-            more axis is as many images as it has rows. Files called ``sub-...`` alike are of one subject.
+            channels are one together, as ``ldm sample`` and, with BIDS suffixes, ``ldm release`` write it; an array in
+            an ``.npz`` or ``.npy`` file with one more axis is as many images as it has rows. Files called ``sub-...``
+            alike are of one subject.
         seed: of the halves and the resamples.
 
     Raises:
@@ -59,12 +60,12 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
     n = min(len(halves[1]), len(refs["synthetic"]))
     chosen = np.random.default_rng(seed).permutation(len(refs["synthetic"]))[:n]
     sets = {
-        FLOOR: read_all(recipe, halves[1][:n]),
-        CONTROL: map(blurred, read_all(recipe, halves[1][:n])),
-        SYNTHETIC: read_all(recipe, [refs["synthetic"][i] for i in chosen]),
+        FLOOR: read_all(recipe, halves[1][:n], real),
+        CONTROL: map(blurred, read_all(recipe, halves[1][:n], real)),
+        SYNTHETIC: read_all(recipe, [refs["synthetic"][i] for i in chosen], synthetic),
     }
     return compare(
-        extract(network, read_all(recipe, halves[0])),
+        extract(network, read_all(recipe, halves[0], real)),
         {name: extract(network, images) for name, images in sets.items()},
         FLOOR,
         CONTROL,
@@ -112,7 +113,7 @@ def image_references(folder: Path, recipe: Preprocessing) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file() and path.name.lower().endswith(SUFFIXES) and not _NO_IMAGE.search(path.name)
     )
-    further = [file for _, *others in grouped(files, file_ends(recipe)) for file in others]
+    further = [file for _, *others in grouped(files, file_ends(recipe, folder)) for file in others]
     refs = []
     for file in sorted({*files}.difference(further)):
         is_numpy = file.suffix.lower() in NUMPY_SUFFIXES
@@ -138,20 +139,20 @@ def _arrays(file: Path, recipe: Preprocessing) -> list[str]:
     return refs
 
 
-def read_all(recipe: Preprocessing, refs: Sequence[str]) -> Iterator[np.ndarray]:
-    """Images ``(C, *S)`` of files, as ``recipe`` makes them.
+def read_all(recipe: Preprocessing, refs: Sequence[str], folder: Path) -> Iterator[np.ndarray]:
+    """Images ``(C, *S)`` of files in a folder, as ``recipe`` makes them.
 
     Raises:
         LdmError: naming the file that cannot be read or does not fit.
     """
+    ends = file_ends(recipe, folder)
     for ref in refs:
-        record = Record(ref, ref, channel_files(recipe, ref), None, {}, "")
+        record = Record(ref, ref, channel_files(recipe, ref, ends), None, {}, "")
         yield recipe.load(record)[0]
 
 
-def channel_files(recipe: Preprocessing, ref: str) -> dict[str, str]:
+def channel_files(recipe: Preprocessing, ref: str, ends: Sequence[str]) -> dict[str, str]:
     """Files of an image that :func:`image_references` refers to: one a channel, or one with all of them."""
-    ends = file_ends(recipe)
     if len(ends) == 1 or not ref.endswith(ends[0]):
         return {"image": ref}
     return {name: ref.removesuffix(ends[0]) + end for name, end in zip(recipe.channels, ends, strict=True)}

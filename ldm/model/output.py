@@ -18,7 +18,7 @@ from ldm.errors import LdmError
 from ldm.files import write_json, write_text
 from ldm.model.generative import Generative
 from ldm.model.inputs import Inputs
-from ldm.model.provenance import settle_request
+from ldm.model.provenance import RELEASE, read_provenance, settle_request
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +130,25 @@ def image_paths(model: Generative, out: Path, name: str) -> list[Path]:
     return [out / f"{name}{end}" for end in file_ends(model.preprocessing)]
 
 
-def file_ends(preprocessing: Preprocessing) -> list[str]:
-    """How the names of a sample's files end: one a channel, or one RGB picture."""
+def file_ends(preprocessing: Preprocessing, folder: Path | None = None) -> list[str]:
+    """How the names of a sample's files end: one a channel, or one RGB picture.
+
+    Args:
+        preprocessing: of the images.
+        folder: where they lie; one of ``ldm release`` has its own, BIDS suffixes.
+
+    Raises:
+        LdmError: a release of other channels.
+    """
     suffix = ".nii.gz" if preprocessing.spatial_dims == 3 else ".png"
+    if folder is not None and (folder / RELEASE).is_file():
+        bids = read_provenance(folder).get("suffixes", {})
+        missing = [channel for channel in preprocessing.channels if channel not in bids]
+        if missing:
+            raise LdmError(
+                f"{folder} is a release of {', '.join(bids) or 'no known channels'}; {', '.join(missing)} is not in it."
+            )
+        return [f"_{bids[channel]}{suffix}" for channel in preprocessing.channels]
     if len(preprocessing.channels) == 1 or preprocessing.is_rgb:
         return [suffix]
     return [f"_{channel}{suffix}" for channel in preprocessing.channels]

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError
-from ldm.files import write_json
+from ldm.files import read_json, write_json
 from ldm.model.file import package_versions
 
 PROVENANCE = "provenance.json"
+RELEASE = "release.json"  # the same of a folder of `ldm release`
 WRITTEN = "written"  # when and by which versions, which may change from one session of a request to the next
 REMARKS = "remarks"  # what follows from the request, in words
 CHANGEABLE = "changeable"  # what only decides results that every session writes anew
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What ``ldm sample`` or ``ldm release`` left beside its images; empty for other folders."""
+    known = [folder / name for name in (PROVENANCE, RELEASE) if (folder / name).is_file()]
+    return read_json(known[0], "what is known of the images") if known else {}
 
 
 def settle_request(

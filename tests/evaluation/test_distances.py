@@ -340,7 +340,7 @@ def test_files_of_several_channels_are_one_image(tmp_path):
     real, synthetic = tmp_path / "real", tmp_path / "synthetic"
     refs = image_references(real, recipe)
     assert [Path(ref).name for ref in refs] == [f"sub-{i + 1:06d}_T1.png" for i in range(32)]
-    both = next(read_all(recipe, refs))
+    both = next(read_all(recipe, refs, real))
     for x, name in zip(both, recipe.channels, strict=True):
         with PIL.Image.open(real / f"sub-000001_{name}.png") as picture:
             np.testing.assert_allclose(255 * x, np.asarray(picture), atol=1e-3)
@@ -350,6 +350,23 @@ def test_files_of_several_channels_are_one_image(tmp_path):
         with pytest.raises(LdmError, match=rf"sub-000007_{name}.png is missing beside .*sub-000007_{other}.png"):
             folder_distances(network, real, synthetic)
         (tmp_path / "kept.png").rename(synthetic / f"sub-000007_{name}.png")
+
+
+def test_a_release_of_several_channels_has_bids_suffixes(tmp_path):
+    recipe = replace(RECIPE, channels=("T1", "FLAIR"))
+    anat = tmp_path / "shard-000" / "sub-000001" / "anat"
+    anat.mkdir(parents=True)
+    for suffix, rows in (("FLAIR", 1), ("T1w", 5)):  # of 255, and otherwise 0
+        pixels = np.zeros((8, 8), np.uint8)
+        pixels[:rows] = 255
+        PIL.Image.fromarray(pixels).save(anat / f"sub-000001_{suffix}.png")
+    (tmp_path / "release.json").write_text('{"suffixes": {"T1": "T1w", "FLAIR": "FLAIR"}}')
+    refs = image_references(tmp_path, recipe)
+    assert [Path(ref).name for ref in refs] == ["sub-000001_T1w.png"]
+    (image,) = read_all(recipe, refs, tmp_path)
+    assert image[:, :, 0].sum(1).tolist() == pytest.approx([5, 1])  # T1, then FLAIR
+    with pytest.raises(LdmError, match="is a release of T1, FLAIR; T2 is not in it"):
+        image_references(tmp_path, replace(RECIPE, channels=("T2", "FLAIR")))
 
 
 def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkeypatch):

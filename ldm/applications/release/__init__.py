@@ -7,11 +7,10 @@ Nothing that is written depends on who writes it: a volume's bytes are fixed by 
 from ldm.applications.release.audit import read_audit
 from ldm.applications.release.conditions import Conditions, conditions_from
 from ldm.applications.release.evaluation import read_evaluation
-from ldm.applications.release.plan import FILE, Plan, bids_suffixes, check_model, check_volume_count
+from ldm.applications.release.plan import Plan, bids_suffixes, check_model, check_volume_count
 from ldm.applications.release.work import Release, Session
 
 __all__ = [
-    "FILE",
     "Conditions",
     "Plan",
     "Release",

@@ -23,9 +23,9 @@ from ldm.applications.release.files import COMPRESSION, SUMS, as_json, sha256, w
 from ldm.errors import LdmError
 from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
+from ldm.model.provenance import RELEASE
 from ldm.precision import resolve
 
-FILE = "release.json"
 FORMAT_VERSION = 1
 MOST = 999_999  # volumes that six digits can number
 # https://bids-specification.readthedocs.io, "Anatomy imaging data": suffixes of single images that models may draw
@@ -223,7 +223,7 @@ def settle(out: Path, plan: Plan, n: int, scratch: Path, other_hardware: bool = 
     Raises:
         LdmError: it is another release, naming what differs; or it has more volumes than ``n``.
     """
-    path = out / FILE
+    path = out / RELEASE
     if not path.is_file():
         _expect_empty(out, scratch)
         _write_once(path, as_json(plan.to_dict(n)), scratch)
@@ -246,13 +246,13 @@ def settle(out: Path, plan: Plan, n: int, scratch: Path, other_hardware: bool = 
 
 def _expect_empty(out: Path, scratch: Path) -> None:
     found = sorted(path.name for path in out.iterdir() if path != scratch.parent)
-    if found and FILE not in found:  # another worker may have begun a moment ago
-        raise LdmError(f"{out} holds {found[0]} and no {FILE}: it is no release. Choose another out=....")
+    if found and RELEASE not in found:  # another worker may have begun a moment ago
+        raise LdmError(f"{out} holds {found[0]} and no {RELEASE}: it is no release. Choose another out=....")
 
 
 def planned_count(out: Path) -> int:
     """Number of volumes of the release in ``out``."""
-    return _read(out / FILE)["n"]
+    return _read(out / RELEASE)["n"]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_once(path: Path, data: bytes, scratch: Path) -> None:
     """Write a file unless somebody else was faster."""
-    draft = scratch / f"{uuid4().hex}-{FILE}"
+    draft = scratch / f"{uuid4().hex}-{RELEASE}"
     write_whole(draft, data, scratch)
     try:
         os.link(draft, path)

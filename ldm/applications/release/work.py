@@ -40,7 +40,6 @@ from ldm.applications.release.files import (
     write_whole,
 )
 from ldm.applications.release.plan import (
-    FILE,
     Plan,
     check_volume_count,
     environment,
@@ -51,6 +50,7 @@ from ldm.applications.release.plan import (
 from ldm.applications.release.shards import WORK, Shard, Volume, json_or
 from ldm.errors import LdmError
 from ldm.model.output import sample_name
+from ldm.model.provenance import RELEASE
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Release:
     def is_complete(self) -> bool:
         """Whether everything was written, for this number of volumes."""
         listed = read_sums(self.out / SUMS)
-        return listed is not None and listed.get(FILE) == file_sha256(self.out / FILE)
+        return listed is not None and listed.get(RELEASE) == file_sha256(self.out / RELEASE)
 
     # --- sampling ------------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class Release:
         for name, content in contents.items():
             self._write(self.out / name, content)
         digests = {name: sha256(content) for name, content in contents.items()}
-        digests |= {FILE: file_sha256(self.out / FILE)}
+        digests |= {RELEASE: file_sha256(self.out / RELEASE)}
         digests |= {f"{shard['shard']}/{SUMS}": shard["sha256"] for shard in shards}
         self._write(self.out / SUMS, sums(digests))
 
