@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.conditioning.base import COVARIATES, Condition
+from ldm.diffusion.checks import check_count
 from ldm.diffusion.noise import step_generator
 from ldm.errors import LdmError, nearest
 from ldm.metrics.kernels import kernel_distance
@@ -102,7 +103,7 @@ class LSGAN(StageModule):
         LdmError: a setting that is not legal.
     """
 
-    LOSS_KEYS: Sequence[str] = ("adversarial_weight", "r1_weight")
+    LOSS_KEYS: Sequence[str] = ("adversarial_weight", "r1_weight", "r1_every")
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class LSGAN(StageModule):
                 raise LdmError(f"gan.loss.{name} is not a setting.{hint} Legal: {', '.join(self.LOSS_KEYS)}.")
             if value < 0:
                 raise LdmError(f"gan.loss.{name} is {value}; legal: 0 or more.")
+        check_count("gan.loss.r1_every", loss["r1_every"])
         return dict(loss)
 
     def fit_conditioners(self, codes: Tensor) -> None:
@@ -182,8 +184,8 @@ class LSGAN(StageModule):
         return sum(self.loss[f"{name}_weight"] * terms[name] for name in own)
 
     def of_discriminator(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The discriminator's loss, with its penalty if there is one."""
-        penalty = self.loss["r1_weight"] * terms["r1"] if "r1" in terms else 0.0
+        """The discriminator's loss, with its penalty if there is one; one of every k steps counts k times."""
+        penalty = self.loss["r1_weight"] * self.loss["r1_every"] * terms["r1"] if "r1" in terms else 0.0
         return terms["discriminator"] + penalty
 
     def loss_terms(
@@ -213,8 +215,11 @@ class LSGAN(StageModule):
         return {"real": self.discriminator(x, condition), **fake}
 
     def _penalty(self, x: Tensor, condition: Condition) -> dict[str, Tensor]:
-        """The term ``r1`` of real images, in float32, in which alone a gradient's gradient is exact enough; or none."""
-        if not self.loss["r1_weight"]:
+        """The term ``r1`` of real images, in float32, in which alone a gradient's gradient is exact enough; or none.
+
+        Seldom is enough of it, and cheaper (Karras et al. 2020, appendix B, "lazy regularization").
+        """
+        if not self.loss["r1_weight"] or self.step % self.loss["r1_every"]:
             return {}
         with torch.autocast(x.device.type, enabled=False):
             x = x.detach().float().requires_grad_()
@@ -273,7 +278,15 @@ class VAEGAN(LSGAN):
         loss: beside weights, ``feature_level``, the discriminator's level, counted from 0.
     """
 
-    LOSS_KEYS = ("adversarial_weight", "r1_weight", "l1_weight", "features_weight", "kl_weight", "feature_level")
+    LOSS_KEYS = (
+        "adversarial_weight",
+        "r1_weight",
+        "r1_every",
+        "l1_weight",
+        "features_weight",
+        "kl_weight",
+        "feature_level",
+    )
 
     def __init__(self, model: GAN, *arguments: Any, **options: Any) -> None:
         super().__init__(model, *arguments, **options)

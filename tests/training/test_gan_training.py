@@ -18,10 +18,11 @@ from tests.training.test_stages import OPTIMIZER
 
 DISCRIMINATOR = {"channels": [8, 8], "hidden": 8, "norm": "spectral", "lr": 1e-3}
 LOSS = {
-    "lsgan": {"adversarial_weight": 1.0, "r1_weight": 0.0},
+    "lsgan": {"adversarial_weight": 1.0, "r1_weight": 0.0, "r1_every": 1},
     "vaegan": {
         "adversarial_weight": 0.5,
         "r1_weight": 4.0,
+        "r1_every": 1,
         "l1_weight": 2.0,
         "features_weight": 3.0,
         "kl_weight": 0.1,
@@ -75,6 +76,21 @@ def test_the_penalty_trains_the_discriminator_alone():
     assert all(p.grad is None for p in made.network.parameters())
     assert made.discriminator.network.trunk.levels[0].conv.parametrizations.weight.original.grad.abs().sum() > 0
     assert "r1" not in terms_of(module("lsgan"))[0]
+
+
+def test_a_penalty_of_every_third_step_counts_three_times():
+    """So that over three steps it weighs as much as one at every step."""
+    made = module("lsgan", loss={**LOSS["lsgan"], "r1_weight": 4.0, "r1_every": 3})
+    penalised = []
+    for step in range(7):
+        made._step.fill_(step)
+        terms, _ = terms_of(made)
+        if "r1" in terms:
+            penalised.append(step)
+            torch.testing.assert_close(made.of_discriminator(terms), terms["discriminator"] + 12 * terms["r1"])
+        else:
+            assert made.of_discriminator(terms) == terms["discriminator"]
+    assert penalised == [0, 3, 6]
 
 
 @BOTH
@@ -194,5 +210,7 @@ def test_settings_that_are_not_legal_are_named():
         module("vaegan", loss={**LOSS["vaegan"], "l1_weigth": 1.0})
     with pytest.raises(LdmError, match="gan.loss.l1_weight is not a setting"):
         module("lsgan", loss={**LOSS["lsgan"], "l1_weight": 1.0})
+    with pytest.raises(LdmError, match="gan.loss.r1_every must be a whole number of at least 1, got 0"):
+        module("lsgan", loss={**LOSS["lsgan"], "r1_every": 0})
     with pytest.raises(LdmError, match="feature_level is 2; the discriminator has levels 0 to 1"):
         module("vaegan", loss={**LOSS["vaegan"], "feature_level": 2})
