@@ -17,6 +17,7 @@ STUDIES = {
     "demo/demo": (1, [48, 56, 48]),
     "demo_anomaly/demo": (4, None),
     "demo_anomaly/percentiles": (4, None),
+    "hippocampus/finer": (1, [48, 64, 48]),
     "hippocampus/mask": (1, [48, 64, 48]),
     "hippocampus/ours": (1, [48, 64, 48]),
     "hippocampus/pixels": (1, [48, 64, 48]),
