@@ -85,6 +85,7 @@ def step_of_gan(config, image_shape, batch=2):
     with torch.device("meta"):
         model = GAN(header, recipe, CovariateSchema.from_config(covariates))
         module = MODULES[gan["method"]](model, gan["optimizer"], gan["discriminator"], gan["loss"]).to("meta")
+        module._step = torch.zeros((), dtype=torch.long, device="cpu")  # a number that the penalty asks for
         condition = {name: one.not_given(batch, size) for name, one in model.network.conditioners.items()}
         draws = {name: torch.randn(batch, *model.latent_shape) for name in ("z", "posterior")}
         terms, _ = module.loss_terms(torch.rand(batch, *image_shape), condition, draws)
