@@ -18,7 +18,15 @@ PLAIN = r"[^\s'\"$,]"
 #: key=words{name}..., or key={name}words; but key={name:words} is a mapping, and key=choice(...) a function of Hydra's
 TEMPLATE = re.compile(rf"^([\w.@/+~]+=)(?!\w+\()([^\s'\"{{}}\[$,]{PLAIN}*\{{[\w:]+\}}{PLAIN}*|\{{[\w:]+\}}{PLAIN}+)$")
 # mappings whose names are the user's, or depend on their kind
-FREE_FORM = ("data.covariates", "data.label_names", "data.instrument", "ldm.conditioners", "models", "samplers")
+FREE_FORM = (
+    "data.image",
+    "data.covariates",
+    "data.label_names",
+    "data.instrument",
+    "ldm.conditioners",
+    "models",
+    "samplers",
+)
 
 
 def check_overrides(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from ldm.commands.main import conf_dir
-from ldm.commands.overrides import check_overrides, quote_templates
+from ldm.commands.overrides import check_overrides, quote_templates, replace_free_form
 from ldm.errors import LdmError
 
 
@@ -118,3 +119,11 @@ def test_help_explains_the_verb(ldm, verb):
     assert not code
     assert f"ldm {verb}" in text
     assert "data: " in text  # the groups
+
+
+def test_named_channels_replace_those_of_the_cohort():
+    arguments = ["data=brats", "data.root=somewhere", "data.image={T1: a.nii.gz}"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert dict(compose("check", replace_free_form(arguments)).data.image) == {"T1": "a.nii.gz"}
+        one = quote_templates(["data=nifti", "data.image=T1/{participant_id}.nii.gz"])
+        assert compose("check", replace_free_form(one)).data.image == "T1/{participant_id}.nii.gz"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import monai
 import nibabel
 import numpy
 import torch
@@ -135,6 +136,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": resolve(precision, device),
         "ldm": __version__,
         "torch": torch.__version__,
+        "monai": monai.__version__,
         "numpy": numpy.__version__,
         "nibabel": nibabel.__version__,
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
