@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from ldm.data.schema import CovariateSchema
 from ldm.diffusion import noise
 from ldm.errors import LdmError, nearest
 from ldm.model.build import construct
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors
 from ldm.model.generative import CovariateRow, Generative, Samples
 from ldm.model.inputs import Inputs, check_inputs
 from ldm.networks.gan import Encoder, Generator
@@ -130,18 +128,6 @@ class GAN(Generative):
             CovariateSchema.from_dict(header["schema"]),
             None if distribution is None else CovariateDistribution.from_dict(distribution),
         )
-
-    @classmethod
-    @names_the_file
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> GAN:
-        """Read a model file; nothing in it is executed.
-
-        Raises:
-            LdmError: not such a file, or its tensors do not fit its description.
-        """
-        model = cls.from_header(read_header(Path(path), KIND))
-        load_strict(model, read_tensors(path), Path(path))
-        return model.to(device).eval()
 
     # --- sampling -----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
-from ldm.model.file import names_the_file, read_header, write_model
+from ldm.model.file import load_strict, names_the_file, read_header, read_tensors, write_model
 from ldm.model.inputs import Inputs, as_lists, check_inputs, input_names
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,23 @@ class Generative(nn.Module, ABC):
         header = read_header(Path(path), cls.kind)
         with torch.device("meta"):
             return cls.from_header(header).to("meta").eval()
+
+    @classmethod
+    @names_the_file
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read a model file; nothing in it is executed.
+
+        Raises:
+            LdmError: not such a file, or its tensors do not fit its description.
+        """
+        model = cls.from_header(read_header(Path(path), cls.kind))
+        load_strict(model, cls.with_names_of_now(read_tensors(path)), Path(path))
+        return model.to(device).eval()
+
+    @staticmethod
+    def with_names_of_now(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of a file under the names that this version has for them."""
+        return tensors
 
     def save(self, path: Path) -> None:
         """Write ``model.safetensors`` atomically; the file alone is enough to sample."""

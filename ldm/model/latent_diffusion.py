@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct
 from ldm.model.editing import Editing
-from ldm.model.file import load_strict, names_the_file, read_header, read_tensors
 from ldm.model.generative import CovariateRow, Generative, Samples
 from ldm.model.inputs import Inputs, encode_condition, input_names
 from ldm.model.network import ConditionalDenoiser, with_new_names
@@ -166,17 +164,10 @@ class LatentDiffusionModel(Editing, Generative):
             None if distribution is None else CovariateDistribution.from_dict(distribution),
         )
 
-    @classmethod
-    @names_the_file
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionModel:
-        """Read a model file; nothing in it is executed.
-
-        Raises:
-            LdmError: not such a file, or its tensors do not fit its description.
-        """
-        model = cls.from_header(read_header(Path(path), KIND))
-        load_strict(model, with_new_names(read_tensors(path), "network."), Path(path))
-        return model.to(device).eval()
+    @staticmethod
+    def with_names_of_now(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See :meth:`Generative.with_names_of_now`."""
+        return with_new_names(tensors, "network.")
 
     # --- sampling -----------------------------------------------------------------------------------
 

@@ -169,6 +169,8 @@ def test_what_is_not_legal_is_named(tmp_path):
         made.sample(ROWS[0], mask=np.zeros((12, 8)))
     with pytest.raises(LdmError, match="Did you mean 'age'"):
         made.sample({"aeg": 50.0})
+    with pytest.raises(LdmError, match=f"^There is no model file {tmp_path / 'none.safetensors'}"):
+        GAN.load(tmp_path / "none.safetensors")
     with pytest.raises(LdmError, match="gan.method 'lsgann' is unknown.*Did you mean 'lsgan'"):
         gan("lsgann")
     with pytest.raises(LdmError, match="gan.network.latentdim is not a setting"):
