@@ -100,9 +100,9 @@ def names_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: type, path: str | Path, *arguments: Any, **options: Any) -> Any:
         try:
             return load(cls, path, *arguments, **options)
-        except LdmError:  # a ValueError too, and it says what is wrong
-            raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, LdmError) and str(path) in str(error):  # it says what is wrong, of which file
+                raise
             raise LdmError(
                 f"{path}: its header does not describe a whole model ({type(error).__name__}: {error}). It may come "
                 "from another version of this package."
