@@ -217,13 +217,12 @@ class ImageDiscriminator(nn.Module):
 def minibatch_spread(features: Tensor, group: int) -> Tensor:
     """How much each ``group`` consecutive rows of ``(B, F)`` differ: their mean standard deviation, ``(B, 1)``.
 
-    What is left over at the end is a smaller group; a row alone has the spread 0. The gradient at rows that are all
-    alike is 0, not undefined.
+    What is left over at the end is a smaller group. Rows that are all alike have a spread of next to 0, and a gradient
+    of 0 instead of an undefined one.
     """
-    variances = [
-        rows.var(0, correction=0).add(1e-8).sqrt().mean().expand(len(rows), 1) for rows in features.split(group)
-    ]
-    return torch.cat(variances)  # (B, 1)
+    groups = features.float().split(group)
+    spreads = [rows.var(0, correction=0).add(1e-8).sqrt().mean().expand(len(rows), 1) for rows in groups]
+    return torch.cat(spreads)  # (B, 1)
 
 
 class Trunk(nn.Module):
