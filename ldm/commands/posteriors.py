@@ -72,6 +72,26 @@ def same_preprocessing(first_stage: FirstStage, preprocessing: Preprocessing) ->
         raise LdmError(f"The first stage was trained on images prepared otherwise. {what}.")
 
 
+def same_split(facts: Mapping[str, Any], cohort: Cohort, where: str | Path) -> None:
+    """Refuse what was trained on another split of this cohort: subjects that are held out now may have trained it.
+
+    Args:
+        facts: ``cohort`` and ``split_sha256`` of what was trained, as a model's header has them.
+        cohort: what is to be trained on.
+        where: setting and file, for messages.
+
+    Raises:
+        LdmError: another split of the cohort.
+    """
+    ours, theirs = cohort.split_hash, facts.get("split_sha256")
+    if facts.get("cohort") == cohort.name and theirs is not None and ours != theirs:
+        raise LdmError(
+            f"{where} was trained on another split of the cohort '{cohort.name}': split_sha256 {theirs}, now {ours}; "
+            "subjects that are held out now may have trained it. Use the data settings that it was trained with, or "
+            "train another of these; another cohort needs another data.name."
+        )
+
+
 def same_cohort(first_stage: FirstStage, cohort: Cohort, classes: LabelClasses | None, path: str | Path) -> None:
     """Refuse a first stage of this cohort that has seen other subjects, or masks of other label values.
 
@@ -89,14 +109,7 @@ def same_cohort(first_stage: FirstStage, cohort: Cohort, classes: LabelClasses |
     facts = first_stage.facts
     if facts.get("cohort") != cohort.name:
         return
-    ours, theirs = cohort.split_hash, facts.get("split_sha256")
-    if theirs is not None and ours != theirs:
-        raise LdmError(
-            f"{path} was trained on another split of the cohort '{cohort.name}': split_sha256 {theirs}, now {ours}; "
-            "subjects that are held out now may have trained it. Use the data settings that it was trained with, or "
-            "train another with ldm train-vae run_dir=... and give that as first_stage=...; another cohort needs "
-            "another data.name."
-        )
+    same_split(facts, cohort, f"first_stage={path}")
     labels = facts.get("target", {}).get("labels")
     if classes is not None and labels is not None and LabelClasses.from_config(labels) != classes:
         raise LdmError(

@@ -13,7 +13,14 @@ from omegaconf import DictConfig
 from ldm.commands.control import adopt, control_facts, first_stage_of, frozen_model
 from ldm.commands.ema import SNAPSHOTS
 from ldm.commands.nulls import check_nulls, lacking, learned_nulls
-from ldm.commands.posteriors import load_first_stage, pixel_space, posterior_cache, same_cohort, same_preprocessing
+from ldm.commands.posteriors import (
+    load_first_stage,
+    pixel_space,
+    posterior_cache,
+    same_cohort,
+    same_preprocessing,
+    same_split,
+)
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, record_inputs
 from ldm.commands.target import LABELS, Target, asked_conditioners, check_target, find_target
@@ -30,6 +37,7 @@ from ldm.evaluation.pictures import evenly
 from ldm.latents.cache import PosteriorCache
 from ldm.latents.space import LatentSpace
 from ldm.model.build import PIXELS, construct
+from ldm.model.file import read_header
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel, SamplingOptions
 from ldm.model.transfer import start_from
@@ -60,6 +68,9 @@ def run(config: DictConfig) -> dict[str, float]:
     conditioners = describe_conditioners(config, datamodule, first_stage, frozen)
     same_preprocessing(first_stage, target.preprocessing)
     same_cohort(first_stage, datamodule.cohort, target.classes, config.first_stage)
+    for name, path in (("init_from", config.ldm.init_from), ("control.model", config.ldm.control.model)):
+        if path:
+            same_split(read_header(Path(path)), datamodule.cohort, f"ldm.{name}={path}")
     train, valid = (
         posterior_cache(config, datamodule, first_stage, split, conditioners, target) for split in ("train", "valid")
     )

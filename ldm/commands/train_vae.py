@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from ldm.commands.posteriors import same_split
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
 from ldm.commands.target import LABELS, Target, check_target, find_target
@@ -37,6 +38,7 @@ def run(config: DictConfig) -> dict[str, float]:
     module = build_vae(config, datamodule, target)
     if config.vae.init_from and not (run_dir / "last.ckpt").is_file():
         header = read_header(config.vae.init_from, KIND)
+        same_split(header, datamodule.cohort, f"vae.init_from={config.vae.init_from}")
         logger.info("Starting from %s (%s).", config.vae.init_from, header.get("cohort"))
         load_matching(module.network, read_tensors(config.vae.init_from), config.vae.init_from)
 
@@ -54,6 +56,7 @@ def run(config: DictConfig) -> dict[str, float]:
             },
         ).save(run_dir / "model.safetensors")
 
+    discriminator = {name: value for name, value in plain(config.vae.discriminator).items() if name != "lr"}
     metrics = fit(
         module,
         datamodule,
@@ -64,7 +67,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "preprocessing": target.preprocessing.fingerprint(),
             **({"labels": target.classes.meaning} if target.classes else {}),
             "split_sha256": datamodule.cohort.split_hash,
-            "discriminator": plain(config.vae.discriminator) if module.loss["adversarial_weight"] else None,
+            "discriminator": discriminator if module.loss["adversarial_weight"] else None,
         },
         save_model,
         label=f"{datamodule.cohort.name} vae",

@@ -83,11 +83,13 @@ def encode_condition(
     """
     inputs = inputs or {}
     check_inputs(conditioners, inputs)
-    condition = {COVARIATES: torch.from_numpy(schema.encode_table(rows))}  # (B, K)
+    codes = schema.encode_table(rows)  # (B, K)
+    condition = {COVARIATES: torch.from_numpy(codes)}
+    known = [schema.decode(vector) for vector in codes]  # with the rounding of training, or a bound may tell them apart
     for name in input_names(conditioners):
         one, values = conditioners[name], inputs.get(name, [None] * len(rows))
         read = [read_file(one, preprocessing, value) for value in values]
-        condition[name] = torch.stack([one.encode(v, row, size) for v, row in zip(read, rows, strict=True)])
+        condition[name] = torch.stack([one.encode(v, row, size) for v, row in zip(read, known, strict=True)])
     return condition
 
 

@@ -63,12 +63,17 @@ class Budget(Callback):
         self._elapsed = state["elapsed"]
 
 
-def seconds(text: str) -> float:
+def seconds(text: str | int) -> float:
     """Seconds of ``DD:HH:MM:SS``, ``HH:MM:SS``, ``MM:SS`` or ``SS``.
 
     Raises:
-        LdmError: another form.
+        LdmError: another form, or a number of 60 hours and more.
     """
+    if isinstance(text, int) and text >= 60**3:
+        raise LdmError(
+            f"trainer.max_time is {text}: YAML takes 1:00:00:00 without quotes for a number to the base of 60, and so "
+            "many seconds are hardly meant. Write DD:HH:MM:SS in quotes."
+        )
     if not re.fullmatch(r"\d+(:\d+){0,3}", str(text)):
         raise LdmError(f"trainer.max_time '{text}' is not a time; legal: DD:HH:MM:SS, e.g. 00:01:00:00 for an hour.")
     units = (1, 60, 3600, 86400)

@@ -23,6 +23,7 @@ from ldm.training.narrow import guard_narrow_convolutions
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
 TRAINER_KEYS = (
     "accelerator",
     "devices",
@@ -228,9 +229,17 @@ def check_trainer(config: Mapping[str, Any]) -> None:
     """Refuse a ``trainer`` section that `fit` would refuse; to be asked before anything is read or prepared.
 
     Raises:
-        LdmError: an unknown key, or no legal end of training.
+        LdmError: an unknown key, an illegal value, or no legal end of training.
     """
     Budget(config["max_steps"], config["max_time"])
+    if config["precision"] not in PRECISIONS:  # others need a scaled loss, or keep averages that cannot move
+        raise LdmError(
+            f"trainer.precision is '{config['precision']}'; legal: {', '.join(PRECISIONS)}."
+            f"{nearest(str(config['precision']), PRECISIONS)}"
+        )
+    for name in ("val_every", "val_batches", "log_every"):
+        if config.get(name) is not None and config[name] < 1:
+            raise LdmError(f"trainer.{name} is {config[name]}; legal: 1 and more.")
     for name in config:
         if name not in TRAINER_KEYS:
             raise LdmError(

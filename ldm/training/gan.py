@@ -311,9 +311,10 @@ class VAEGAN(LSGAN):
         # the same images once more, now without a way back to the encoder, and draws of the prior
         codes = torch.cat([code.detach(), draws["z"]])  # (2 B, latent_dim)
         fakes = self.network.generator(codes, None if embedding is None else embedding.repeat(2, 1))  # (2 B, C, *S)
-        twice = {name: value.repeat(2, 1) for name, value in condition.items()}
-        scores = self._scores(x, condition, {"fake": (fakes, twice)})
-        scores["reconstruction"], scores["sample"] = scores.pop("fake").chunk(2)  # (B,) each
+        kinds = dict(zip(("reconstruction", "sample"), fakes.chunk(2), strict=True))  # (B, C, *S) each
+        # apart, as the discriminator may compare the images of a batch with each other
+        scores = self._scores(x, condition, {name: (images, condition) for name, images in kinds.items()})
+        fooled = [without_own_gradients(self.discriminator, images, condition) for images in kinds.values()]
         see = _Features(self.discriminator, self.loss["feature_level"])
         with torch.no_grad():
             wanted = see(x)
@@ -321,7 +322,7 @@ class VAEGAN(LSGAN):
             "l1": F.l1_loss(rebuilt, x),
             "features": F.mse_loss(without_own_gradients(see, rebuilt), wanted),
             "kl": kl_divergence(mean, std).sum() / x.numel(),
-            "adversarial": generator_loss(without_own_gradients(self.discriminator, fakes, twice)),
+            "adversarial": generator_loss(torch.cat(fooled)),
             "discriminator": discriminator_loss(scores["real"], scores["reconstruction"], scores["sample"]),
             **self._penalty(x, condition),
         }

@@ -84,7 +84,7 @@ def nt_xent(z: Tensor, subject: Tensor, temperature: float) -> Tensor:
     """
     flat, who = z.flatten(0, 1).float(), subject.repeat(2)  # (2 B, E), (2 B,)
     partner = torch.arange(len(flat), device=z.device).roll(len(subject))  # (2 B,)
-    logits = flat @ flat.T / temperature  # (2 B, 2 B)
+    logits = _products(flat, flat) / temperature  # (2 B, 2 B)
     hidden = who[:, None] == who[None]  # (2 B, 2 B)
     hidden[torch.arange(len(flat), device=z.device), partner] = False
     return F.cross_entropy(logits.masked_fill(hidden, -torch.inf), partner)
@@ -92,5 +92,11 @@ def nt_xent(z: Tensor, subject: Tensor, temperature: float) -> Tensor:
 
 def recognised(z: Tensor, subject: Tensor) -> float:
     """Share of first views whose nearest second view is of the same subject; ``z`` ``(2, N, E)``, ``(N,)``."""
-    found = (z[0].float() @ z[1].float().T).argmax(1)  # (N,)
+    found = _products(*z).argmax(1)  # (N,)
     return float((subject[found] == subject).float().mean())
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products ``(N, M)`` in float32: near 1, those of neighbours are one number in bfloat16."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first.float() @ second.float().T

@@ -93,7 +93,8 @@ class StageModule(L.LightningModule):
         self.updating = True
         factor, norms = self.lr_factor(), {}
         for optimizer, network in zip(_list(self.optimizers()), networks, strict=True):
-            for group in optimizer.param_groups:  # a resumed run's groups hold the rate that it was stopped at
+            for group in optimizer.param_groups:  # a resumed run's groups hold what it was stopped with
+                group |= {name: optimizer.defaults[name] for name in ("betas", "weight_decay")}
                 group["lr"] = optimizer.defaults["lr"] * factor
             clip = self.settings["clip_norm"]
             norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf if clip is None else clip)

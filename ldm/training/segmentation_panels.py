@@ -91,8 +91,9 @@ class SegmentationPanels(FigureCallback):
         """
         path = self.folder.parent / "metrics.jsonl"
         goes_on = module.step > 0 and path.is_file()
-        self.scores = [value for _, value in read_metrics(path).get(METRIC, [])] if goes_on else []
-        if not goes_on and self.best is not None and self.best.is_file():
+        logged = read_metrics(path).get(METRIC, []) if goes_on else []
+        self.scores = [value for step, value in logged if step <= module.step]  # later ones will be taken anew
+        if trainer.is_global_zero and not goes_on and self.best is not None and self.best.is_file():
             os.replace(self.best, self.best.with_name("model-best-before.safetensors"))
         self._stop_when_stale(trainer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,10 @@ class SegmenterModule(StageModule):
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """One batch of ``image`` ``(B, C, *S)`` and ``labels`` ``(B, *S)``."""
         target = self.labels.classes(batch["labels"])  # (B, *S)
-        loss = self.loss(self.network(batch["image"]).float(), target[:, None])
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # dropout draws from the one generator of the process: named by the step and rank, as all noise is
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generators(1)[0])))
+            loss = self.loss(self.network(batch["image"]).float(), target[:, None])
         self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["index"])
         norms = self.step_optimizers(loss, [self.network])
         if norms is not None and (self.step - 1) % self.log_every == 0:
@@ -70,7 +73,7 @@ class SegmenterModule(StageModule):
     def on_validation_epoch_end(self) -> None:
         """Log mean Dice and the correlation of volumes per class; a class that is in no image is left out."""
         dice = self._class_dice()  # (K - 1,)
-        true, found = np.array(self.validation["true"]), np.array(self.validation["found"])
+        true, found = (self._of_all_ranks(self.validation[name]) for name in ("true", "found"))  # (N, K - 1) each
         metrics = {}
         if not np.isnan(dice).all():
             metrics["segmenter/val/dice"] = float(np.nanmean(dice))
@@ -81,7 +84,11 @@ class SegmenterModule(StageModule):
                 metrics[f"segmenter/val/volume_r/{name}"] = float(np.corrcoef(true[:, index], found[:, index])[0, 1])
         # of a class that was found in vain before, and is not any more, nothing is kept
         self.latest = {name: value for name, value in self.latest.items() if "/val/" not in name}
-        self.record(metrics, reduce=True)
+        self.record(metrics)
+
+    def _of_all_ranks(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        values = torch.from_numpy(np.array(rows)).to(self.device)  # (N, K - 1)
+        return (self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values).cpu().numpy()
 
     def _class_dice(self) -> np.ndarray:
         """Mean Dice of every class over the images of all ranks that have it ``(K - 1,)``; NaN where none has."""

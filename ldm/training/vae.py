@@ -225,14 +225,15 @@ class VAE(StageModule):
         low, high = self.image_range or (float(x.min()), float(x.max()))
         reconstruction = reconstruction.clamp(low, high)
         store = self.validation
-        for one, other in zip(x, reconstruction, strict=True):
-            store["psnr"].append(psnr(one, other, high - low))
-            store["ssim"].append(
-                float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
-            )
-            store["grid_pattern"].append(pattern_share(other - one, self.network.downsampling_factor))
-            if self.targets is None:  # of masks, whose steps are few and large, it says nothing
-                store["blockiness"].append(blockiness(other) / blockiness(one))
+        with torch.autocast(x.device.type, enabled=False):  # SSIM is a difference of large numbers
+            for one, other in zip(x.float(), reconstruction.float(), strict=True):
+                store["psnr"].append(psnr(one, other, high - low))
+                store["ssim"].append(
+                    float(ssim(other[None], one[None], gaussian_kernel=False, kernel_size=7, data_range=high - low))
+                )
+                store["grid_pattern"].append(pattern_share(other - one, self.network.downsampling_factor))
+                if self.targets is None:  # of masks, whose steps are few and large, it says nothing
+                    store["blockiness"].append(blockiness(other) / blockiness(one))
         store["l1"].append(float(F.l1_loss(reconstruction, x)))
         store["kl"].append(float(kl_divergence(mean, std).sum() / x.numel()))
         store["posteriors"].append((mean.cpu(), std.cpu()))

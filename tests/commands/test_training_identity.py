@@ -88,6 +88,10 @@ def test_a_first_stage_of_masks_is_of_their_values(ldm, pictures, tmp_path):
     assert code
     assert "another split of the cohort 'made'" in text
     assert read_header("runs/made/vae/model.safetensors")["split_sha256"] in text
+    start = "vae.init_from=runs/made/vae/model.safetensors"
+    code, text = ldm("train-vae", *asked, "data.label_names={tumour: 1}", "data.split.seed=1", start, "run_dir=fold")
+    assert code
+    assert f"{start} was trained on another split of the cohort 'made'" in text
 
 
 @pytest.mark.slow
@@ -106,7 +110,7 @@ def first_stage(**facts):
 
 def test_a_first_stage_has_not_seen_what_is_held_out():
     cohort = SimpleNamespace(name="made", split_hash="b" * 64)
-    with pytest.raises(LdmError, match=f"vae.safetensors.*split_sha256 {'a' * 64}, now {'b' * 64}.*first_stage="):
+    with pytest.raises(LdmError, match=f"first_stage=vae.safetensors.*split_sha256 {'a' * 64}, now {'b' * 64}"):
         same_cohort(first_stage(cohort="made", split_sha256="a" * 64), cohort, None, "vae.safetensors")
     for facts in (
         {"cohort": "made", "split_sha256": "b" * 64},

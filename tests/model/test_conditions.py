@@ -1,6 +1,7 @@
 """A model that is conditioned on several things: one file, what it may be given, guidance by part, and transfer."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -50,6 +51,16 @@ def test_a_row_is_told_as_a_caption_unless_there_is_a_text():
     assert (tokens[1:] == -1).all()
     batch = {"covariates": made.encode_condition(rows[:1])["covariates"], "labels": torch.zeros(1, 3, 8, 8)}
     assert made.batch_condition(batch)["text"].tolist() == tokens[:1].tolist()  # training tells it likewise
+
+
+def test_a_row_at_a_bound_is_told_as_in_training():
+    """65 of 20 to 90 years comes back from its code as a little less, in training and in sampling."""
+    words = {**TEXT, "caption": "a {age<65:young|old} {sex:woman|man}"}
+    made = conditioned((SEX, replace(AGE, range=(20.0, 90.0))), text=words)
+    for age in (64.0, 65.0, 66.0):
+        asked = made.encode_condition([{"age": age, "sex": "F"}])
+        batch = {"covariates": asked["covariates"], "labels": torch.zeros(1, 3, 8, 8)}
+        assert made.batch_condition(batch)["text"].tolist() == asked["text"].tolist(), age
 
 
 def test_lists_are_one_a_sample():

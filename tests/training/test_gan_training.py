@@ -78,6 +78,25 @@ def test_the_penalty_trains_the_discriminator_alone():
     assert "r1" not in terms_of(module("lsgan"))[0]
 
 
+def test_real_images_and_fakes_are_compared_in_groups_of_one_size(monkeypatch):
+    """A discriminator that sees how much images differ would else tell them apart by the size of a group."""
+    made, sizes = module("vaegan"), []
+    monkeypatch.setattr(made.discriminator.network.trunk, "forward", spied(made.discriminator.network.trunk, sizes))
+    terms_of(made)
+    assert set(sizes) == {4}
+
+
+def spied(trunk, sizes):
+    """Its forward pass, which notes how many images it is given."""
+    forward = trunk.forward
+
+    def run(x, *arguments):
+        sizes.append(len(x))
+        return forward(x, *arguments)
+
+    return run
+
+
 def test_a_penalty_of_every_third_step_counts_three_times():
     """So that over three steps it weighs as much as one at every step."""
     made = module("lsgan", loss={**LOSS["lsgan"], "r1_weight": 4.0, "r1_every": 3})

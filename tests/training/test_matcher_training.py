@@ -36,6 +36,8 @@ def test_the_loss_is_that_of_the_paper_but_for_scans_of_one_subject():
     assert recognised(z, torch.tensor([0, 1, 2])) == 1
     assert recognised(z.flip(1)[[0, 0]].roll(1, 0), torch.tensor([0, 1, 2])) == 1
     assert recognised(torch.stack([z[0], z[1].roll(1, 0)]), torch.tensor([0, 1, 2])) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nt_xent(z, torch.tensor([0, 7, 7]), tau).item() == same
 
 
 @pytest.mark.parametrize(("shape", "value_range"), [((1, 12, 10), (-1.0, 1.0)), ((2, 8, 10, 6), None)], ids=str)

@@ -46,8 +46,14 @@ def test_without_patience_nothing_stops_it(train):
 
 def test_a_run_that_has_stopped_by_itself_does_not_go_on(train):
     assert train([0.5, 0.4, 0.3], patience=2) == 3
-    assert train([0.9], patience=2) == 0
+    assert train([0.9], patience=2, step=3) == 0
     assert train([0.9], patience=2, step=0) is None  # started anew in the same folder
+
+
+def test_a_validation_that_is_taken_anew_counts_once(train):
+    """Killed after the third was logged and before the checkpoint that would know of it."""
+    assert train([0.5, 0.4, 0.3], patience=3) is None
+    assert train([0.3, 0.3], patience=3, step=2) == 2
 
 
 def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
@@ -58,7 +64,7 @@ def test_the_best_model_of_another_run_is_moved_aside(tmp_path):
     for step, there in ((5, True), (0, False)):
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 0, METRIC: 0.9}) + "\n")
         panels = SegmentationPanels(run, [case], 1, 1, keep_best=True)
-        panels.on_train_start(SimpleNamespace(), SimpleNamespace(step=step))
+        panels.on_train_start(SimpleNamespace(is_global_zero=True), SimpleNamespace(step=step))
         assert (run / "model-best.safetensors").is_file() == there
         assert len(panels.scores) == there
     assert (run / "model-best-before.safetensors").read_bytes() == b"of before"

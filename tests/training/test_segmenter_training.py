@@ -42,6 +42,21 @@ def test_a_class_that_is_in_no_image_is_left_out(validate):
     assert logged == latest == {"segmenter/val/dice": 1.0, "segmenter/val/dice/one": 1.0}
 
 
+def test_dropout_follows_from_seed_and_step(monkeypatch):
+    """Not from what else the process has drawn: a resumed run drops what the uninterrupted one would."""
+    monkeypatch.setattr(SegmenterModule, "trainer", SimpleNamespace(world_size=1, global_rank=0, loggers=[]))
+    labels, losses = LabelClasses.from_config({"one": 1, "two": 2}), []
+    batch = {"image": torch.rand(2, 1, 8, 8), "labels": torch.ones(2, 8, 8, dtype=torch.long), "index": [0, 1]}
+    for before, step in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(0)
+        module = SegmenterModule({**NETWORK, "dropout": 0.5}, labels, OPTIMIZER)
+        monkeypatch.setattr(module, "step_optimizers", lambda loss, networks: losses.append(float(loss.detach())))
+        module._step.fill_(step)
+        torch.manual_seed(before)
+        module.training_step(batch, 0)
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_without_any_class_there_is_no_dice(validate):
     nothing = torch.zeros(2, 4, 4, dtype=torch.long)
     assert validate(nothing, nothing) == ({}, {})

@@ -1,15 +1,18 @@
 """What the stages promise: whose gradient goes where, what the weights mean, what is counted."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from ldm.errors import LdmError
 from ldm.networks.discriminator import Discriminator
 from ldm.training.budget import Budget, seconds
 from ldm.training.ema import EMA
+from ldm.training.fit import check_trainer
 from ldm.training.logging import JsonlLogger, read_metrics
 from ldm.training.vae import VAE, kl_divergence, psnr
 
@@ -138,8 +141,38 @@ def test_budget_takes_what_ends_first():
     assert seconds("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
     with pytest.raises(LdmError, match="DD:HH:MM:SS"):
         seconds("1h")
+    assert seconds(90) == 90
+    with pytest.raises(LdmError, match=r"max_time is 216000: YAML takes 1:00:00:00 without quotes"):
+        seconds(yaml.safe_load("1:00:00:00"))
     with pytest.raises(LdmError, match="needs an end"):
         Budget(None, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"precision": "16-mixed"}, "trainer.precision is '16-mixed'; legal: auto, bf16-mixed, 32-true"),
+        ({"val_batches": 0}, "trainer.val_batches is 0; legal: 1 and more"),
+        ({"log_every": 0}, "trainer.log_every is 0; legal: 1 and more"),
+    ],
+)
+def test_a_trainer_that_would_train_wrongly_is_refused(setting, message):
+    legal = {"max_steps": 1, "max_time": None, "precision": "auto", "val_every": 1, "val_batches": None, "log_every": 1}
+    check_trainer(legal)
+    with pytest.raises(LdmError, match=message):
+        check_trainer({**legal, **setting})
+
+
+def test_what_is_validated_does_not_depend_on_the_precision_of_training(monkeypatch):
+    """An image is like itself, in bfloat16 too."""
+    module, x = vae(), 0.7 + 0.02 * torch.rand(2, 1, 16, 16)  # variance next to nothing beside the squared mean
+    monkeypatch.setattr(VAE, "trainer", SimpleNamespace(num_val_batches=[1]))
+    monkeypatch.setattr(module, "_compressed", lambda batch: x)
+    monkeypatch.setattr(module, "forward", lambda image: (image, torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)))
+    module.on_validation_epoch_start()
+    with torch.autocast("cpu", torch.bfloat16):
+        module.validation_step({}, 0)
+    assert module.validation["ssim"] == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -166,6 +199,8 @@ def test_a_resumed_run_takes_the_learning_rate_that_is_asked_for_now():
         factor = module.lr_factor()
         module.step_optimizers(weight.square().sum(), [module.network])
         assert optimizer.param_groups[0]["lr"] == pytest.approx(asked * factor)
+        assert optimizer.param_groups[0]["weight_decay"] == module.settings["weight_decay"]
+        module.settings = {**module.settings, "weight_decay": 0.125}
         state = optimizer.state_dict()
 
 
@@ -174,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     module.budget = Budget(100)
     weight = next(module.network.parameters())
     before = weight.detach().clone()
-    module.optimizers = lambda: torch.optim.SGD(module.network.parameters(), 1.0)
+    module.optimizers = lambda: torch.optim.AdamW(module.network.parameters(), 1.0)
     module.manual_backward = lambda loss: loss.backward()
     module.record_names = lambda rows: [f"sub-{row}" for row in rows]
     loss = (weight - before).abs().sum().sqrt()  # 0, with a slope that is not finite
