@@ -147,7 +147,7 @@ class NetworkSource(EnsembleSource):
     ) -> None:
         self.segmenters, self.seed = list(segmenters), seed
         first = self.segmenters[0]
-        _require_same([(n.labels, n.preprocessing.fingerprint(), n.facts["split_sha256"]) for n in self.segmenters])
+        _require_same([(n.labels, _images_of(n.preprocessing), n.facts["split_sha256"]) for n in self.segmenters])
         self.dropout = len(self.segmenters) == 1 and first.config.get("dropout", 0) > 0
         count = len(self.segmenters)
         vary = self.dropout or augmentation is not None  # more members than networks are worth drawing
@@ -189,8 +189,18 @@ class NetworkSource(EnsembleSource):
 def _task_of_diffusion(model: LatentDiffusionModel) -> tuple[Any, ...]:
     """What models of an ensemble have in common."""
     channels, unnamed = model.header["conditioners"]["image"]["channels"], model.header["target"]["unnamed"]
-    prepared = model.input_preprocessing.fingerprint()
-    return model.classes, prepared, list(channels), list(unnamed), model.header["split_sha256"]
+    return (
+        model.classes,
+        _images_of(model.input_preprocessing),
+        list(channels),
+        list(unnamed),
+        model.header["split_sha256"],
+    )
+
+
+def _images_of(preprocessing: Preprocessing) -> dict[str, Any]:
+    """What decides how images are prepared: not what a network needs its sides to be a multiple of, as they are."""
+    return {name: value for name, value in preprocessing.to_dict().items() if name != "multiple"}
 
 
 def _require_same(values: Sequence[Any], what: str = "classes, images, preprocessing and split") -> None:

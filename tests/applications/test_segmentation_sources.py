@@ -44,6 +44,8 @@ def test_several_networks_are_a_deep_ensemble(image):
     (ensemble,) = source.ensembles([image], ["one"])
     assert (source.facts["kind"], ensemble.probabilities.shape) == ("deep ensemble", (2, 2, 16, 16))
     np.testing.assert_allclose(ensemble.probabilities[1], second.probabilities(image[None])[0])
+    deeper = replace(second, preprocessing=replace(second.preprocessing, multiple=(4, 4)))
+    assert NetworkSource([first, deeper], ["a", "b"]).members == 2  # 16 x 16 fits both
     other = replace(second, facts={"split_sha256": "t"})
     with pytest.raises(LdmError, match="same classes, images, preprocessing and split"):
         NetworkSource([first, other], ["a", "b"])
