@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,6 @@ def run(config: DictConfig) -> dict[str, float]:
     train, valid = (
         posterior_cache(config, datamodule, first_stage, split, conditioners, images) for split in ("train", "valid")
     )
-    write_config(config, run_dir)
     network = {
         **settings["network"],
         "latent_shape": list(model.latent_shape),
@@ -92,6 +92,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{cohort.name} classifier",
         monitor="classifier/val/loss",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
     )
     logger.info(
         "Held-out balanced accuracy %.3f over all times, %.3f in the least noisy tenth. Model: %s",

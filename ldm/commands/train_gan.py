@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ def run(config: DictConfig) -> dict[str, float]:
     datamodule = prepared(cohort_datamodule(config, gan["batch_size"]))
     model = build_model(config, datamodule)
     module = build_module(config, datamodule, model)
-    write_config(config, run_dir)
 
     def save_model(metrics: Mapping[str, float]) -> None:
         model.header |= {"metrics": dict(metrics), "steps": module.step}
@@ -48,6 +48,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} gan",
         monitor="gan/val/pooled_kid",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
         callbacks=panels(config, datamodule, model),
     )
     logger.info("%s of %d steps. Model: %s", model.what, module.step, run_dir / "model.safetensors")

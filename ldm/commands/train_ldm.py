@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,6 @@ def run(config: DictConfig) -> dict[str, float]:
         adopt(frozen, (train, valid), datamodule.schema)
     model = build_model(config, datamodule, first_stage, train, conditioners, target, frozen)
     check_nulls(model, valid.covariates)
-    write_config(config, run_dir)
     if config.ldm.init_from and not (run_dir / "last.ckpt").is_file():
         start_from(model, config.ldm.init_from)
     ldm = plain(config.ldm)
@@ -103,6 +103,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} ldm",
         monitor="ldm/val/loss",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
         callbacks=[panels(config, datamodule, run_dir, conditioners, target), *snapshots],
     )
     logger.info("Validation loss %.4f. Model: %s", metrics["ldm/val/loss"], run_dir / "model.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,6 @@ def run(config: DictConfig) -> dict[str, float]:
         )
     datamodule = prepared(cohort_datamodule(config))
     cohort = datamodule.cohort
-    write_config(config, run_dir)
     network = {
         **settings["network"],
         "spatial_dims": config.data.spatial_dims,
@@ -70,6 +70,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{cohort.name} matcher",
         monitor="matcher/val/recognised",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
     )
     logger.info(
         "%.1f %% of the validation scans are recognised in another view. Model: %s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ def run(config: DictConfig) -> dict[str, float]:
     datamodule = prepared(cohort_datamodule(config, settings["batch_size"]))
     cohort = datamodule.cohort
     targets = Targets.fit(cohort.schema, [record.covariates for record in cohort.split("train")], settings["targets"])
-    write_config(config, run_dir)
     network = {
         **settings["network"],
         "spatial_dims": config.data.spatial_dims,
@@ -62,6 +62,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{cohort.name} predictor",
         monitor="predictor/val/loss",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
     )
     logger.info("Held-out: %s. Model: %s", in_words(metrics), run_dir / "model.safetensors")
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ def run(config: DictConfig) -> dict[str, float]:
     run_dir = Path(config.run_dir)
     labels = LabelClasses.from_config(plain(config.data).get("label_names"))
     datamodule = prepared(cohort_datamodule(config, config.segmenter.batch_size))
-    write_config(config, run_dir)
     network = {
         **plain(config.segmenter.network),
         "spatial_dims": config.data.spatial_dims,
@@ -67,6 +67,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} segmenter",
         monitor="segmenter/val/dice",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
     )
     dice = metrics.get("segmenter/val/dice", math.nan)  # no held-out image has a class
     logger.info("Held-out Dice %.3f. Model: %s", dice, run_dir / "model.safetensors")

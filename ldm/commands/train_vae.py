@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ def run(config: DictConfig) -> dict[str, float]:
     check_trainer(plain(config.trainer))
     check_target(config)
     datamodule = prepared(cohort_datamodule(config, config.vae.batch_size, config.vae.patch_size))
-    write_config(config, run_dir)
     target = compressed(config, datamodule)
     module = build_vae(config, datamodule, target)
     if config.vae.init_from and not (run_dir / "last.ckpt").is_file():
@@ -73,6 +73,7 @@ def run(config: DictConfig) -> dict[str, float]:
         label=f"{datamodule.cohort.name} vae",
         monitor="vae/val/psnr",
         loggers=loggers(config),
+        accepted=partial(write_config, config, run_dir),
         callbacks=[ReconstructionPanels(run_dir, target.preprocessing.is_rgb)],
     )
     logger.info(

@@ -6,6 +6,7 @@ import re
 import time
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import LdmError
@@ -32,7 +33,7 @@ class Budget(Callback):
         self.max_seconds = None if max_time is None else seconds(max_time)
         if not self.max_steps and not self.max_seconds:
             raise LdmError("Training needs an end: set trainer.max_steps or trainer.max_time (DD:HH:MM:SS).")
-        self._elapsed = 0.0
+        self._elapsed = self._agreed = 0.0  # the latter is what all ranks take for it at the end of a step
         self._since: float | None = None
 
     @property
@@ -43,13 +44,17 @@ class Budget(Callback):
     def progress(self, step: int) -> float:
         """Share of the budget that is used up after ``step`` steps."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_time = self.elapsed / self.max_seconds if self.max_seconds else 0.0
+        by_time = self._agreed / self.max_seconds if self.max_seconds else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._since = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self._agreed = self.elapsed
+        if trainer.world_size > 1:  # clocks differ, and with them learning rates and weights would
+            elapsed = torch.tensor(self.elapsed, device=module.device)
+            self._agreed = float(trainer.strategy.reduce(elapsed, reduce_op="max"))
         if trainer.strategy.reduce_boolean_decision(self.progress(module.step) >= 1, all=False):
             trainer.should_stop = True
 
@@ -60,7 +65,7 @@ class Budget(Callback):
         return {"elapsed": self.elapsed}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._elapsed = state["elapsed"]
+        self._elapsed = self._agreed = state["elapsed"]
 
 
 def seconds(text: str | int) -> float:

@@ -52,6 +52,7 @@ def fit(
     monitor: str,
     loggers: Sequence[Any] = (),
     callbacks: Sequence[L.Callback] = (),
+    accepted: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train ``module`` to the end of its budget, from ``last.ckpt`` if there is one.
 
@@ -65,6 +66,7 @@ def fit(
         monitor: validation metric that the progress bar shows.
         loggers: beside ``metrics.jsonl``.
         callbacks: further ones, e.g. figures.
+        accepted: called when it is clear that the run folder is this run's, before anything is trained.
 
     Returns:
         The final validation metrics.
@@ -79,6 +81,7 @@ def fit(
     budget = Budget(trainer["max_steps"], trainer["max_time"])
     module.budget = budget
     state = read_checkpoint(checkpoint, identity) if checkpoint.is_file() else None
+    accepted()
     lightning = _trainer(
         trainer,
         budget,

@@ -56,6 +56,7 @@ def test_a_trained_segmenter_does_not_get_other_meanings(ldm, pictures, tmp_path
     asked = ("train-segmenter", *SETTINGS)
     code, text = ldm(*asked, IMAGE, names)
     assert not code, text
+    described = (tmp_path / "runs/made/segmenter/config.yaml").read_text()
     for image, other, name in (
         (IMAGE, "data.label_names={one: 2, two: 1}", "labels is"),
         (IMAGE, "data.label_names={two: 2, one: 1}", "labels is"),
@@ -67,6 +68,7 @@ def test_a_trained_segmenter_does_not_get_other_meanings(ldm, pictures, tmp_path
     code, text = ldm(*asked, IMAGE, names, "data.intensity.upper=200")
     assert code
     assert "preprocessing is" in text
+    assert (tmp_path / "runs/made/segmenter/config.yaml").read_text() == described  # of the run, not of what is refused
     code, text = ldm(*asked, IMAGE, names)
     assert not code, text
     assert "Already trained" in text
