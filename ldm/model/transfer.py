@@ -30,7 +30,7 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
     images, and words of the vocabulary keep their embedding. Everything else is copied where names and shapes agree.
 
     A value in its unit keeps its meaning where ranges differ, but not as a plane (``concat``, ``hybrid``), which is
-    relative to the range: there is a warning.
+    relative to the range: there is a warning, as there is where the models predict different things.
 
     Raises:
         LdmError: the other model conditions in another way, or diffuses another number of channels.
@@ -61,6 +61,14 @@ def start_from(model: LatentDiffusionModel, path: str | Path) -> None:
             "%s was trained on latents of another first stage; the start is better when the first stages agree "
             "(vae.init_from, few steps).",
             path,
+        )
+    predicted, theirs = (one.header["prediction_type"] for one in (model, other))
+    if predicted != theirs:
+        logger.warning(
+            "%s predicts '%s', this model '%s': its output is learned anew; ldm.prediction_type sets them alike.",
+            path,
+            theirs,
+            predicted,
         )
     positions = shared_positions(model.schema, other.schema)
     if ours in ("concat", "hybrid"):

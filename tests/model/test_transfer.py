@@ -83,6 +83,12 @@ def test_a_range_that_planes_do_not_follow_is_told(tmp_path, caplog):
     assert "ranges over" not in caplog.text
 
 
+def test_another_prediction_is_told(tmp_path, caplog):
+    model([AGE], "adaptive_norm", prediction_type="epsilon").save(tmp_path / "m.safetensors")
+    start_from(model([AGE], "adaptive_norm"), tmp_path / "m.safetensors")
+    assert "predicts 'epsilon', this model 'v_prediction'" in caplog.text
+
+
 def test_what_cannot_be_mapped_is_refused(tmp_path):
     model([AGE], "concat").save(tmp_path / "m.safetensors")
     with pytest.raises(LdmError, match="conditions by 'concat', this model by 'adaptive_norm'"):
