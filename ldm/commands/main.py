@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
 from ldm.commands.overrides import check_overrides, quote_templates, replace_free_form
-from ldm.commands.run import run_folder
+from ldm.commands.run import is_sweep, run_folder
 from ldm.errors import LdmError, nearest
 from ldm.source import source_commit
 
@@ -107,7 +108,7 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
     original = list(sys.argv)
 
     def task(config: DictConfig) -> object:
-        sys.argv = original  # Lightning starts further ranks with the command that was typed
+        sys.argv = [original[0], *(job_arguments(verb) if is_sweep() else original[1:])]  # of further ranks
         function = verb_function(verb)
         source_commit()  # now, while it is that of the code that was imported
         configure_logging()  # after the imports, for some libraries set levels of their own
@@ -115,7 +116,7 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
             with run_folder(config):
                 return function(config)
         except LdmError as error:
-            if hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN":
+            if is_sweep():
                 raise
             _fail(error)
 
@@ -123,6 +124,11 @@ def _run_hydra(verb: str, arguments: Sequence[str]) -> None:
     overrides = [item for item in arguments if _is_override(item)]
     sys.argv = [f"ldm {verb}", *flags, *replace_free_form(overrides)]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
+
+
+def job_arguments(verb: str) -> list[str]:
+    """The command of this one job of a sweep, for a rank that Lightning starts to run the same and not the sweep."""
+    return [verb, *HydraConfig.get().overrides.task]
 
 
 def _fail(error: LdmError) -> None:

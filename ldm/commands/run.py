@@ -21,6 +21,11 @@ RUN_DIR = "LDM_RUN_DIR"  # tells further ranks where the first one writes
 SHARED = ("data", "vae", "ldm", "schedule", "experiment", "runs_dir", "seed")  # what means the same to every verb
 
 
+def is_sweep() -> bool:
+    """Whether this is one of the jobs of ``--multirun``."""
+    return HydraConfig.get().mode.name == "MULTIRUN"
+
+
 @contextlib.contextmanager
 def run_folder(config: DictConfig) -> Iterator[Path]:
     """Settle the run folder once, for this process and all ranks it starts.
@@ -28,7 +33,7 @@ def run_folder(config: DictConfig) -> Iterator[Path]:
     A sweep's job writes where Hydra put it; a rank started by Lightning writes where the first rank does.
     """
     folder = config.run_dir
-    if HydraConfig.get().mode.name == "MULTIRUN":
+    if is_sweep():
         folder = HydraConfig.get().runtime.output_dir
     if "LOCAL_RANK" in os.environ and RUN_DIR in os.environ:
         folder = os.environ[RUN_DIR]

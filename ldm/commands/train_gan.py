@@ -70,13 +70,14 @@ def build_model(config: DictConfig, datamodule: CohortDataModule) -> GAN:
     """An untrained model for this cohort."""
     gan, (channels, *size) = plain(config.gan), datamodule.image_shape
     value_range = datamodule.preprocessing.value_range
+    without_effect = ("stem", "refine_channels") if gan["network"]["stem"] == "none" else ()
     header = {
         "cohort": datamodule.cohort.name,
         "simulated": config.data.simulate is not None,
         "split_sha256": datamodule.cohort.split_hash,
         "method": gan["method"],
         "network": {
-            **{name: value for name, value in gan["network"].items() if (name, value) != ("stem", "none")},
+            **{name: value for name, value in gan["network"].items() if name not in without_effect},
             "spatial_dims": config.data.spatial_dims,
             "out_channels": channels,
             "image_size": size,

@@ -20,7 +20,6 @@ from ldm.networks.stem import BlockStem, refinement
 
 NORMS = ("spectral", "group", "none")
 SLOPE = 0.2  # of the leaky rectifiers
-REFINE_CHANNELS = 8  # hidden ones, behind a stem
 
 
 class Generator(nn.Module):
@@ -42,6 +41,7 @@ class Generator(nn.Module):
         value_range: of the images, which end in a tanh that spans it; None leaves values unbounded.
         stem: ``space_to_depth`` or ``haar``: the last level is at half the resolution, and its last convolution gives
             blocks of 2x2(x2) voxels (:mod:`ldm.networks.stem`), which is many times cheaper in 3-D; ``none``.
+        refine_channels: hidden channels of the residual convolution behind the stem; 0 leaves it out.
 
     Raises:
         LdmError: a channel count is not a multiple of ``norm_num_groups``, or an unknown stem.
@@ -58,11 +58,14 @@ class Generator(nn.Module):
         norm_num_groups: int = 8,
         value_range: Sequence[float] | None = None,
         stem: str = "none",
+        refine_channels: int = 8,
     ) -> None:
         super().__init__()
         _check_channels("gan.network.channels", channels, norm_num_groups)
         self.stem = None if stem == "none" else BlockStem(spatial_dims, stem)
-        self.refine = None if stem == "none" else refinement(spatial_dims, out_channels, REFINE_CHANNELS)
+        self.refine = None
+        if self.stem is not None and refine_channels:
+            self.refine = refinement(spatial_dims, out_channels, refine_channels)
         self.image_size = tuple(image_size)
         halvings = len(channels) + (self.stem is not None)
         self.grid = tuple(math.ceil(side / 2**halvings) for side in image_size)
@@ -90,6 +93,7 @@ class Generator(nn.Module):
         x = self.last(x)
         if self.stem is not None:
             x = self.stem.inverse(x)  # (B, C, *twice)
+        if self.refine is not None:
             x = x + self.refine(x)
         x = _centre(x, self.image_size).float()  # (B, C, *S)
         if self.value_range is None:

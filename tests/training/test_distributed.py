@@ -11,7 +11,7 @@ from ldm.training.logging import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def losses(verb, stage, folder, overrides, metric):
+def launch(verb, folder, overrides):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
@@ -24,6 +24,10 @@ def losses(verb, stage, folder, overrides, metric):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(verb, stage, folder, overrides, metric):
+    launch(verb, folder, overrides)
     points = read_metrics(folder / "simulated" / stage / "metrics.jsonl")
     return [value for _, value in points[metric]], points
 
@@ -52,3 +56,16 @@ def test_ddp_equals_one_process(tiny, tmp_path):
     assert len(runs["one"][0]) == len(runs["one"][1]) == 4
     assert runs["two"][0] == pytest.approx(runs["one"][0], rel=2e-3)
     assert runs["two"][1] == pytest.approx(runs["one"][1], rel=2e-3)
+
+
+def test_every_job_of_a_sweep_gives_all_its_ranks_its_own_settings(tiny, tmp_path):
+    common = [item for item in tiny if not item.startswith(("trainer=", "runs_dir="))]
+    common += ["trainer=ddp_cpu2", "trainer.max_steps=2", "trainer.val_every=100", "vae.batch_size=1"]
+    launch("train-vae", tmp_path, ["--multirun", *common, "vae.loss.kl_weight=0,0.5"])
+    launch("train-vae", tmp_path, [*common, "vae.loss.kl_weight=0.5"])
+    folders = [tmp_path / "simulated" / name for name in ("vae-sweep/0", "vae-sweep/1", "vae")]
+    without, swept, alone = (
+        [loss for _, loss in read_metrics(folder / "metrics.jsonl")["vae/train/loss"]] for folder in folders
+    )
+    assert swept == pytest.approx(alone, rel=1e-5)
+    assert swept != pytest.approx(without, rel=1e-3)
