@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,25 @@ TRAINER_KEYS = (
 #: of an identity, what checkpoints of earlier versions may lack; they are taken as they are
 ADDED = ("labels", "preprocessing", "order")
 
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that Lightning sets
 
+
+@contextlib.contextmanager
+def own_ranks() -> Iterator[None]:
+    """Leave the group of processes that a training ran in, so that the next in this process starts its own."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    try:
+        yield
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@own_ranks()
 def fit(
     module: StageModule,
     datamodule: L.LightningDataModule,
