@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from ldm.commands.nulls import check_nulls, lacking, learned_nulls
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
 from ldm.data.datamodule import CohortDataModule
@@ -93,7 +95,16 @@ def build_model(config: DictConfig, datamodule: CohortDataModule) -> GAN:
     torch.manual_seed(config.seed)
     schema = datamodule.schema
     distribution = datamodule.cohort.distribution() if len(schema) else None
-    return GAN(header, datamodule.preprocessing, schema, distribution)
+    model = GAN(header, datamodule.preprocessing, schema, distribution)
+    train, valid = (codes(datamodule, split) for split in ("train", "valid"))
+    model.header["learned_nulls"] = learned_nulls(gan["condition"], {}, lacking(model, train))
+    check_nulls(model, valid)
+    return model
+
+
+def codes(datamodule: CohortDataModule, split: str) -> np.ndarray:
+    """Encoded covariates of a split, ``(N, K)``."""
+    return datamodule.schema.encode_table([record.covariates for record in datamodule.cohort.split(split)])
 
 
 def build_module(config: DictConfig, datamodule: CohortDataModule, model: GAN) -> LSGAN:

@@ -94,6 +94,7 @@ class GAN(Generative):
     """
 
     kind = KIND
+    section = "gan"
 
     def __init__(
         self,
@@ -158,14 +159,20 @@ class GAN(Generative):
         inputs: Inputs | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
-        """Draw samples ``indices`` batch by batch; see :meth:`Generative.sample_batches`."""
+        """Draw samples ``indices`` batch by batch; see :meth:`Generative.sample_batches`.
+
+        Raises:
+            LdmError: an option, an input, or a sample without a covariate that training never hid.
+        """
         self.settings(options)
         check_inputs(self.network.conditioners, inputs or {})
         for start in range(0, len(rows), batch_size):
             part, numbers = list(rows[start : start + batch_size]), list(indices[start : start + batch_size])
+            condition = self.condition(part)
+            self.require_covariates(condition[COVARIATES])
             z = noise.draw(noise.generators(seed, numbers), self.latent_shape).to(self.device)  # (B, latent_dim)
             with torch.no_grad(), autocast(self.device, precision):
-                images = self.network(z, self.condition(part))  # (B, C, *S)
+                images = self.network(z, condition)  # (B, C, *S)
             yield Samples(images.float().cpu().numpy(), [dict(row) for row in part], numbers)
 
     def reconstruct(self, images: Tensor, rows: Sequence[CovariateRow]) -> Tensor:

@@ -52,6 +52,7 @@ class Generative(nn.Module, ABC):
 
     Attributes:
         kind: what the file's header calls it.
+        section: of the configuration, that it is trained by.
         header: the description that is written into the file.
         preprocessing: how scans became model input, and the way back.
         schema: covariates the model knows.
@@ -64,6 +65,7 @@ class Generative(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    section: ClassVar[str]
     header: dict[str, Any]
     preprocessing: Preprocessing
     schema: CovariateSchema
@@ -80,9 +82,38 @@ class Generative(nn.Module, ABC):
         return None
 
     @property
+    def nulls(self) -> list[str]:
+        """Conditioners that training hid now and then, so that the model can go without them; all covariates, or one.
+
+        Files that do not name them (``learned_nulls``) say it of all at once (``learned_null``), or had all.
+        """
+        if "learned_nulls" in self.header:
+            return list(self.header["learned_nulls"])
+        return list(self.network.conditioners) if self.header.get("learned_null", True) else []
+
+    @property
     def unlearned(self) -> list[str]:
-        """Conditioners that it cannot go without."""
-        return []
+        """Conditioners whose null should have been learned and was not; a control needs none."""
+        return [name for name, one in self.network.conditioners.items() if one.learns_null and name not in self.nulls]
+
+    @property
+    def drop_key(self) -> str:
+        """The setting that lets training hide covariates."""
+        return f"{self.section}.condition.drop_rate"
+
+    def require_covariates(self, codes: Tensor) -> None:
+        """Refuse codes ``(B, K)`` without a covariate that training never hid.
+
+        Raises:
+            LdmError: naming it.
+        """
+        missing = dict(zip(self.schema.names, codes.isnan().any(0).tolist(), strict=True))
+        left_out = [name for name in missing if missing[name] and name not in self.nulls]
+        if COVARIATES in self.unlearned and left_out:
+            raise LdmError(
+                f"This model never learned to go without {', '.join(left_out)}: ask for all of them. It would have "
+                f"learned it with {self.drop_key} above 0."
+            )
 
     @property
     @abstractmethod

@@ -94,6 +94,7 @@ class LatentDiffusionModel(Editing, Generative):
     """
 
     kind = KIND
+    section = "ldm"
     what = "diffusion model"
     reconstructs = True
 
@@ -133,22 +134,6 @@ class LatentDiffusionModel(Editing, Generative):
         """See :class:`Generative`."""
         target = self.header.get("target")
         return None if target is None else LabelClasses.from_config(target["labels"])
-
-    @property
-    def nulls(self) -> list[str]:
-        """Conditioners that training hid now and then, so that the model can go without them.
-
-        Files that do not name them (``learned_nulls``) say it of all at once (``learned_null``), or had all.
-        """
-        names = list(self.network.conditioners)
-        if "learned_nulls" in self.header:
-            return [name for name in names if name in self.header["learned_nulls"]]
-        return names if self.header.get("learned_null", True) else []
-
-    @property
-    def unlearned(self) -> list[str]:
-        """Conditioners whose null should have been learned and was not; a control needs none."""
-        return [name for name, one in self.network.conditioners.items() if one.learns_null and name not in self.nulls]
 
     # --- one file -----------------------------------------------------------------------------------
 
@@ -308,19 +293,14 @@ class LatentDiffusionModel(Editing, Generative):
     def _require_learned_nulls(self, condition: Condition, settings: SamplingOptions) -> None:
         """Refuse what needs a null that was never learned; see :attr:`unlearned`."""
         for name in self.unlearned:
-            key = "ldm.condition.drop_rate" if name == COVARIATES else f"ldm.conditioners.{name}.drop_rate"
+            key = self.drop_key if name == COVARIATES else f"ldm.conditioners.{name}.drop_rate"
             self._require_given(name, condition[name], key)
             self._require_unguided(name, settings.guidance_scale, key)
 
     def _require_given(self, name: str, value: Tensor, key: str) -> None:
         """Raise LdmError where ``(B, ...)`` of a conditioner has a sample to which it is not given."""
         if name == COVARIATES:
-            left_out = [one for one, column in zip(self.schema.names, value.T, strict=True) if column.isnan().any()]
-            if left_out:
-                raise LdmError(
-                    f"This model never learned to go without a covariate; also ask for: {', '.join(left_out)}. It "
-                    f"would have learned it with {key} above 0."
-                )
+            self.require_covariates(value)
             return
         given = self.network.conditioners[name].is_given(value)  # (B,)
         if "learned_nulls" in self.header and not given.all():  # older files are asked as ever
@@ -331,7 +311,7 @@ class LatentDiffusionModel(Editing, Generative):
 
     def _require_unguided(self, name: str, scale: float | Mapping[str, float], key: str) -> None:
         """Raise LdmError for a guidance scale that compares with a sample without the conditioner ``name``."""
-        parts = (name, *self.schema.names) if name == COVARIATES else (name,)
+        parts = (name, *(set(self.schema.names) - set(self.nulls))) if name == COVARIATES else (name,)
         scales = [scale.get(part, 1) for part in parts] if isinstance(scale, Mapping) else [scale]
         if any(one != 1 for one in scales):
             raise LdmError(

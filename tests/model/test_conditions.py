@@ -185,7 +185,7 @@ def test_what_training_never_hid_has_to_be_given_and_is_not_guided_by():
             made.sample({"age": 50.0}, image=image, n=1, guidance_scale=scale, **OPTIONS)
     other = translating(learned_null=False, learned_nulls=["image"])
     other.sample({"age": 50.0}, n=1, guidance_scale={"image": 2.0}, **OPTIONS)
-    with pytest.raises(LdmError, match=r"also ask for: age.*ldm\.condition\.drop_rate"):
+    with pytest.raises(LdmError, match=r"go without age: ask.*ldm\.condition\.drop_rate"):
         other.sample(image=image, n=1, **OPTIONS)
 
 
@@ -201,7 +201,7 @@ def test_files_that_do_not_name_their_nulls_are_sampled_as_ever():
         ({"mode": "none", "drop_rate": 0.1, "drop_all_rate": 0.1}, 0.0, {}, ["image"]),
         ({"mode": "none", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.1, {}, ["image"]),
         ({"mode": "concat", "drop_rate": 0.1, "drop_all_rate": 0.0}, 0.0, {}, ["covariates"]),
-        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.0, {"covariates"}, ["covariates"]),
+        ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.0}, 0.0, {"age"}, ["age"]),
         ({"mode": "concat", "drop_rate": 0.0, "drop_all_rate": 0.1}, 0.0, {}, ["covariates", "image"]),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_null_is_learned_by_what_hides_its_conditioner(condition, rate, lackin
 
 def test_a_null_is_learned_where_training_images_have_nothing_to_tell():
     made, whole = captioned("a {sex}[ of {age}]"), {"age": 50.0, "sex": "F"}
-    for row, found in (({"sex": "M"}, {"covariates"}), ({"age": 60.0}, {"covariates", "text"}), (whole, set())):
+    for row, found in (({"sex": "M"}, {"age"}), ({"age": 60.0}, {"sex", "text"}), (whole, set())):
         assert lacking(made, made.schema.encode_table([whole, row])) == found
 
 
@@ -223,6 +223,18 @@ def test_held_out_subjects_without_a_caption_are_refused_before_training():
     made.header["learned_nulls"] = ["text"]
     with pytest.raises(LdmError, match=r"lack the covariate 'sex'.*ldm\.condition\.drop_rate"):
         check_nulls(made, made.schema.encode_table([{"sex": "F", "age": 40.0}, {"age": 50.0}]))
+
+
+def test_a_model_can_go_without_the_covariates_that_training_images_lacked_and_no_others():
+    made = model([AGE, SEX], "adaptive_norm", learned_null=False, learned_nulls=["age"])
+    made.sample({"sex": "F"}, n=1, guidance_scale={"age": 2.0}, **OPTIONS)
+    check_nulls(made, made.schema.encode_table([{"sex": "F"}]))
+    with pytest.raises(LdmError, match="go without sex: ask"):
+        made.sample(n=1, **OPTIONS)
+    with pytest.raises(LdmError, match="without its covariates, which guidance"):
+        made.sample({"sex": "F"}, n=1, guidance_scale={"sex": 2.0}, **OPTIONS)
+    with pytest.raises(LdmError, match="lack the covariate 'sex'"):
+        check_nulls(made, made.schema.encode_table([{"age": 50.0}]))
 
 
 def test_a_caption_that_training_never_hid_has_to_be_given():

@@ -203,3 +203,12 @@ def test_continuous_covariates_are_z_scored():
     covariates.fit(codes)
     assert covariates.tokens[0].centre.item() == pytest.approx(0.2)
     assert covariates.tokens[0].spread.item() == pytest.approx(0.1)
+
+
+def test_covariates_that_training_never_hid_have_to_be_asked_for():
+    made = gan()
+    made.sample(n=1)  # of a file that does not tell, as ever
+    made.header["learned_nulls"] = ["kind"]
+    made.sample({"age": 50.0}, n=1)
+    with pytest.raises(LdmError, match=r"go without age: ask.*gan\.condition\.drop_rate above 0"):
+        made.sample({"kind": "a"}, n=1)

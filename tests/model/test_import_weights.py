@@ -130,13 +130,13 @@ def test_an_imported_model_draws_what_monai_draws(ldm, files, tmp_path, names):
 def test_every_covariate_has_to_be_asked_for(ldm, files, tmp_path):
     assert run_import(ldm, files)[0] == 0
     model = LatentDiffusionModel.load(tmp_path / "model.safetensors")
-    with pytest.raises(LdmError, match="also ask for: sex, brain_normalised_mm3"):
+    with pytest.raises(LdmError, match="go without sex, brain_normalised_mm3: ask"):
         model.sample({"age": 70, "ventricles_mm3": 60000}, n=1, num_inference_steps=1)
     with pytest.raises(LdmError, match="guidance_scale is 2"):
         model.sample(ASKED, n=1, num_inference_steps=1, guidance_scale=2)
     code, text = ldm("sample", "model=model.safetensors", "n=1", "steps=1", "out=out")
     assert code
-    assert "never learned to go without a covariate" in text
+    assert "never learned to go without" in text
 
 
 def test_samples_are_written_on_the_template_s_grid(ldm, files, tmp_path):
