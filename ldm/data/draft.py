@@ -129,12 +129,17 @@ def draft_cohort(data_cfg: Mapping[str, Any] | DictConfig) -> Draft:
 
     draft = Draft(config, root, CovariateSchema.from_config(config["covariates"]))
     draft.templates = _file_templates(config)
-    table = read_table(table_path) if table_path else table_from_files(root, next(iter(draft.templates.values())))
+    table = read_table(table_path) if table_path else _table_of_files(root, draft.templates)
     if config["slices"]:
         table, config["id"] = slice_rows(table, config["slices"]), slice_id(str(config["id"]), config["slices"])
         draft.templates = {name: slice_template(one, config["slices"]) for name, one in draft.templates.items()}
     _Reader(draft, table).read()
     return draft
+
+
+def _table_of_files(root: Path, templates: Mapping[str, Template]) -> Table:
+    images = [template for name, template in templates.items() if name != "labels"]
+    return table_from_files(root, images, templates.get("labels"))
 
 
 def _make(config: Mapping[str, Any], root: Path) -> None:

@@ -77,23 +77,47 @@ def read_table(path: Path) -> Table:
     return Table(path.name, columns, tuple(rows), tuple(places))
 
 
-def table_from_files(root: Path, template: Template) -> Table:
-    """Make a table from the files that ``template`` names: one row a file, one column a field.
+def table_from_files(root: Path, images: Sequence[Template], labels: Template | None = None) -> Table:
+    """Make a table from the files that templates name: a row for each that the first names, a column a field.
+
+    Where only files of the other templates speak for an image there is a row too, so that one that lacks its first
+    channel is missed rather than overlooked.
+
+    Args:
+        root: folder of the files.
+        images: a template a channel.
+        labels: whose files make no rows.
 
     Raises:
-        LdmError: if no file matches, or the template's selector holds a field, which no file name can tell.
+        LdmError: if no file matches the first, or its selector holds a field, which no file name can tell.
     """
-    names = template.files(root)
+    first = images[0]
+    names = first.files(root)
     if not names:
-        raise LdmError(f"{template.where}: no file below {root} matches '{template.text}'")
-    found = template.row_of(names[0])
-    unknown = [column for column in template.columns if column not in found]
+        raise LdmError(f"{first.where}: no file below {root} matches '{first.text}'")
+    unknown = [column for column in first.columns if column not in first.row_of(names[0])]
     if unknown:
         raise LdmError(
-            f"{template.where}: without a table, {{{unknown[0]}}} can only come from a file's path, not from a selector"
+            f"{first.where}: without a table, {{{unknown[0]}}} can only come from a file's path, not from a selector"
         )
-    rows = tuple({**template.row_of(name), "row": str(index)} for index, name in enumerate(names))
-    return Table(template.text, template.columns, rows, tuple(names))
+    templates = [one for one in (*images, labels) if one is not None and _named(one) == _named(first)]
+    places = {_key(first, name): name for name in names}
+    for template in templates:
+        for name in template.files(root) if template is not labels else ():
+            if all(_key(one, name) not in places for one in templates):  # no other file of an image that is known
+                places[_key(template, name)] = name
+    rows = tuple({**dict(key), "row": str(index)} for index, key in enumerate(places))
+    return Table(first.text, first.columns, rows, tuple(places.values()))
+
+
+def _named(template: Template) -> set[str]:
+    """The columns that a file's path tells; others are in a selector."""
+    return {template.columns[int(group[1:])] for group in template.pattern().groupindex}
+
+
+def _key(template: Template, name: str) -> tuple[tuple[str, str | None], ...] | None:
+    """What a file's name says by a template, comparable; None if it is no name of it."""
+    return tuple(sorted(template.row_of(name).items())) if template.pattern().fullmatch(name) else None
 
 
 def expect_no_misspelt_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:

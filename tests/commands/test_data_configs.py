@@ -131,17 +131,32 @@ def nifti(root, rng):
     return [AGE]
 
 
-def brats(root, rng):
+def brats(root, rng, prefix="BraTS2021", suffix=".nii.gz"):
     for number in range(12):
-        name = f"BraTS2021_{number:05}"
+        name = f"{prefix}_{number:03}"
         for sequence in ("t1", "t1ce", "t2", "flair"):
-            scan(root / name / f"{name}_{sequence}.nii.gz", rng, affine=(-1.0, -1.0, 1.0))
+            scan(root / name / f"{name}_{sequence}{suffix}", rng, affine=(-1.0, -1.0, 1.0))
         labels = rng.choice([0, 1, 2, 4], (20, 24, 16)).astype(np.uint8)
-        volume(root / name / f"{name}_seg.nii.gz", labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+        volume(root / name / f"{name}_seg{suffix}", labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
     return []
 
 
-LAYOUTS = (bids, bids_sessions, brats, ixi_2mm, mednist, mednist48_lecture, msd_hippocampus, oasis_midslices, nifti)
+def brats_2020(root, rng):
+    return brats(root, rng, "BraTS20_Training", ".nii")
+
+
+LAYOUTS = (
+    bids,
+    bids_sessions,
+    brats,
+    brats_2020,
+    ixi_2mm,
+    mednist,
+    mednist48_lecture,
+    msd_hippocampus,
+    oasis_midslices,
+    nifti,
+)
 CONSTANT = ("mednist", "mednist48_lecture")  # one constant picture is left out
 
 
@@ -159,3 +174,13 @@ def test_a_data_configuration_is_checked_and_takes_a_step(ldm, tmp_path, layout)
     code, text = ldm("train-vae", *settings, "trainer.max_steps=1")
     assert not code, text
     assert "PSNR" in text
+
+
+@pytest.mark.parametrize("lacking", ["t1", "t1ce", "t2", "flair", "seg"])
+def test_a_patient_without_one_of_the_sequences_is_refused_by_name(ldm, tmp_path, lacking):
+    brats(tmp_path, np.random.default_rng(0))
+    (tmp_path / f"BraTS2021_004/BraTS2021_004_{lacking}.nii.gz").unlink()
+    code, text = ldm("check", "data=brats", f"data.root={tmp_path}", *TINY)
+    assert code
+    assert "missing-file" in text
+    assert f"BraTS2021_004_{lacking}.nii.gz" in text.replace("\n", "").replace(" ", "")
