@@ -38,11 +38,11 @@ from ldm.evaluation.distances import (
     too_few,
 )
 from ldm.evaluation.features import FeatureNetwork, check_features, find_features
-from ldm.evaluation.instruments import OfAnotherSplit, find_instruments, instrument_hashes, merged
+from ldm.evaluation.instruments import OfAnotherSplit, find_instruments, instrument_hashes
 from ldm.evaluation.reconstruction import reconstructions
 from ldm.files import write_json, write_text
 from ldm.model import gan, latent_diffusion
-from ldm.model.file import package_versions, read_header
+from ldm.model.file import read_header
 from ldm.model.generative import Generative
 from ldm.model.load import MODELS, load_generative
 from ldm.model.output import as_written, image_paths, sample_name
@@ -94,6 +94,11 @@ class Entry:
         """What its images depend on."""
         settings = vars(self.outline.settings(sampling_options(self.asked)))
         return {"model": self.header["tensors_sha256"], "sampling": settings}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its row says of it."""
+        return {"model_sha256": self.key["model"], "sampling": self.key["sampling"], "steps": self.header.get("steps")}
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         table["protocol"] |= {"of_another_split": list(measure.of_another_split)}
     for name, row in rows.items():
         table["rows"][name] |= row.facts
+    for entry in entries:
+        table["rows"][entry.name] |= entry.facts
     groups = {entry.group: [one.name for one in entries if one.group == entry.group] for entry in entries}
     several = {group: names for group, names in groups.items() if len(names) > 1}
     table["several"] = {group: over_models([table["rows"][name] for name in names]) for group, names in several.items()}
@@ -250,7 +257,7 @@ def build_measure(
     key = {
         "features": network.identity["sha256"],
         **{name: network.identity[name] for name in ("shown", "resize", "planes") if name in network.identity},
-        "instrument": instrument if found else None,
+        "instruments": instrument if found else None,  # each of them is asked
         "instrument_sha256": instrument_hashes(instrument),
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "channels": list(recipe.channels),
@@ -262,7 +269,7 @@ def build_measure(
     whose = [record.subject for record in subjects.records]
     foreign = [title for title, one in found.items() if isinstance(one, OfAnotherSplit)]
     shared = datamodule.schema, subjects.rows, whose, recipe.shown_range, folder, key, foreign
-    return Measure(network, merged(found), *shared)
+    return Measure(network, found, *shared)
 
 
 def reference_positions(datamodule: CohortDataModule, n_ref: int, seed: int) -> np.ndarray:
@@ -321,7 +328,6 @@ def model_row(measure: Measure, entry: Entry, subjects: HeldOut, config: DictCon
         return {
             "seconds_a_sample": seconds_a_sample(load(), rows, given, options),
             "timed_on": device_in_words(load()),
-            "versions": package_versions(),
         }
 
     return measure.row(entry.name, key, images, further=further)
@@ -396,10 +402,15 @@ def protocol(
     """Everything that the numbers depend on beside the models."""
     return {
         "cohort": datamodule.cohort.name,
+        "split_sha256": datamodule.cohort.split_hash,
         "features": network.identity,
+        "instruments_sha256": instrument_hashes(plain(config.data).get("instrument")),
         "reference": {"images": "training split", "n": references, "of": len(datamodule.dataset("train"))},
         "images": "as written to files and read again, at the covariates of held-out subjects",
         "image_size": list(subjects.images[0].shape),
+        "value_range": None
+        if datamodule.preprocessing.value_range is None
+        else list(datamodule.preprocessing.value_range),
         "seconds_a_sample": f"batches of {min(config.batch_size, len(subjects.rows))}",  # on what: each row knows
     }
 

@@ -28,7 +28,7 @@ from ldm.evaluation.pictures import pictures
 from ldm.evaluation.report import write_folder_report, write_report
 from ldm.evaluation.sweep import measure_sweep
 from ldm.files import read_json, write_json
-from ldm.model.file import read_header
+from ldm.model.file import package_versions, read_header
 from ldm.model.generative import Generative
 from ldm.model.output import as_written
 from ldm.training import figures
@@ -75,6 +75,7 @@ def facts(setup: Setup, images: Images) -> dict[str, Any]:
         "goals": setup.goals,
         "n": {"held_out": len(images.real), "samples": config.n, "repeats": len(images.samples) - config.n},
         "seeds": setup.seeds,
+        "versions": package_versions(),
     }
 
 
@@ -223,10 +224,14 @@ def mask_agreement(setup: Setup, images: Images) -> dict[str, Any]:
 
 
 def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:
-    """Copy the curves that trainings left beside their models into the figures of the evaluation."""
-    trained = {"curves_model.png": config.model}
-    if hasattr(model, "first_stage"):
-        trained["curves_first_stage.png"] = config.first_stage
+    """Copy the curves that trainings left beside their models into the figures of the evaluation.
+
+    Those of ``config.first_stage`` only where it is the first stage of this model.
+    """
+    trained, path = {"curves_model.png": config.model}, Path(config.first_stage)
+    ours = model.header.get("first_stage_sha256")
+    if ours is not None and path.is_file() and read_header(path)["tensors_sha256"] == ours:
+        trained["curves_first_stage.png"] = path
     for name, path in trained.items():
         picture = Path(path).parent / "figures" / "curves.png"
         if picture.is_file():

@@ -26,15 +26,19 @@ from ldm.evaluation.diversity import nearest_pairs, spread
 from ldm.evaluation.features import FeatureNetwork, extract
 from ldm.evaluation.instruments import Instrument
 from ldm.evaluation.repeats import spread_over_seeds
-from ldm.model.file import read_header, read_tensors, write_model
+from ldm.model.file import package_versions, read_header, read_tensors, write_model
 
 KIND = "comparison_row"
 HEADINGS = (
     "Fréchet distance (95 %)",
+    "of infinitely many images",
     "over the floor (95 %)",
     "KID (95 %)",
-    "precision",
-    "recall",
+    "MMD (95 %)",
+    "precision (95 %)",
+    "recall (95 %)",
+    "density (95 %)",
+    "coverage (95 %)",
     "asked and measured",
     "MS-SSIM of like pairs",
     "seconds a sample",
@@ -66,7 +70,7 @@ class Measure:
 
     Attributes:
         network: in whose features distributions are compared.
-        instrument: measures covariates in an image; None without one.
+        instruments: title -> what measures covariates in an image.
         schema: covariates of the cohort.
         rows: covariates of each image of a set, ``N`` of them, asked for or true.
         subjects: whose these are, one each.
@@ -77,7 +81,7 @@ class Measure:
     """
 
     network: FeatureNetwork
-    instrument: Instrument | None
+    instruments: Mapping[str, Instrument]
     schema: CovariateSchema
     rows: Sequence[Mapping[str, Any]]
     subjects: Sequence[str]
@@ -111,7 +115,7 @@ class Measure:
         path = self.folder / f"{self.file_name(name, key)}.safetensors"
         if not path.is_file():
             drawn = list(images())
-            facts = {**(self.facts(drawn) if covariates else {}), **further()}
+            facts = {**(self.facts(drawn) if covariates else {}), **further(), "versions": package_versions()}
             features = torch.from_numpy(extract(self.network, drawn))  # (N, F)
             write_model(path, {"features": features}, {"kind": KIND, "row": name, "facts": facts})
         return Row(read_tensors(path)["features"].numpy(), read_header(path, KIND)["facts"])
@@ -120,11 +124,27 @@ class Measure:
         """Whether the images show the covariates of their rows, and how far those of like covariates differ."""
         pairs = nearest_pairs(self.schema, self.rows, self.subjects)
         return {
-            "agreement": {}
-            if self.instrument is None
-            else agreements(self.instrument, self.schema, self.rows, images, self.subjects),
+            "agreement": agreements_of_all(self.instruments, self.schema, self.rows, images, self.subjects),
             "spread": spread(images, pairs, self.value_range) if pairs else None,
         }
+
+
+def agreements_of_all(
+    instruments: Mapping[str, Instrument],
+    schema: CovariateSchema,
+    rows: Sequence[Mapping[str, Any]],
+    images: Sequence[np.ndarray],
+    subjects: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """:func:`agreements` of several instruments, each entry with its ``instrument``.
+
+    A covariate that several measure is there once an instrument, from the second on as ``covariate (title)``.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for title, instrument in instruments.items():
+        for name, found in agreements(instrument, schema, rows, images, subjects).items():
+            result[name if name not in result else f"{name} ({title})"] = {**found, "instrument": title}
+    return result
 
 
 def agreements(
@@ -199,11 +219,33 @@ def markdown(table: Mapping[str, Any]) -> str:
         lines += ["", f"{name}, mean ± standard deviation of {count} models: {'; '.join(shown)}."]
     lines += ["", "Every number depends on all of this; compare rows of this table, not tables.", ""]
     lines += [f"* {name}: {_in_words(value)}" for name, value in protocol.items() if name != "of_another_split"]
+    lines += [
+        "",
+        *(f"* {name}: {_model_in_words(row)}" for name, row in table["rows"].items() if "model_sha256" in row),
+    ]
+    lines += _of_other_versions(table)
     if protocol.get("of_another_split"):
         lines += ["", f"{', '.join(protocol['of_another_split'])}: {goals.OTHER_SPLIT}"]
     for metric, names in table["untrusted"].items():
-        lines += ["", f"{metric} cannot be trusted here: it ranks {' and '.join(names)} above real images."]
+        lines += ["", f"{metric} cannot be trusted here: it does not rank {' and '.join(names)} below real images."]
     return "\n".join(lines) + "\n"
+
+
+def _model_in_words(row: Mapping[str, Any]) -> str:
+    """Which model a row is of, and how it was sampled."""
+    sampling = ", ".join(f"{name} {_in_words(value)}" for name, value in row["sampling"].items() if value is not None)
+    return f"{row['model_sha256'][:16]}, {row['steps']} steps; {sampling or 'one network call'}"
+
+
+def _of_other_versions(table: Mapping[str, Any]) -> list[str]:
+    """What is said of rows that other code than this measured, whose numbers were kept."""
+    ours = table["protocol"].get("versions")
+    kept = {name: row["versions"] for name, row in table["rows"].items() if row.get("versions", ours) != ours}
+    return (
+        ["", *(f"* {name} was measured by other versions: {_in_words(one)}" for name, one in kept.items())]
+        if kept
+        else []
+    )
 
 
 def timed_on(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -217,10 +259,11 @@ def _cells(row: Mapping[str, Any], several_machines: bool = False) -> list[str]:
     ratio, interval = row["frechet_ratio"], row["frechet_ratio_interval"]
     return [
         _with_interval(row["frechet"], row["frechet_interval"]),
+        "n/a" if row["frechet_infinity"] is None else f"{row['frechet_infinity']:.3g}",
         "n/a" if ratio is None else _with_interval(ratio, interval),
         _with_interval(row["kid"], row["kid_interval"]),
-        f"{row['precision']:.2f}",
-        f"{row['recall']:.2f}",
+        _with_interval(row["mmd"], row["mmd_interval"]),
+        *(_share(row[name], row[f"{name}_interval"]) for name in ("precision", "recall", "density", "coverage")),
         "; ".join(_agreement_in_words(name, found) for name, found in row.get("agreement", {}).items()),
         "" if spread_of is None else f"{spread_of['ms_ssim']['mean']:.3f}",
         "" if seconds is None else f"{seconds:.3g}{where}",
@@ -229,6 +272,10 @@ def _cells(row: Mapping[str, Any], several_machines: bool = False) -> list[str]:
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
+
+
+def _share(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.2f}" if interval is None else f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def _agreement_in_words(name: str, found: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 A Fréchet distance or a KID alone says nothing: it depends on the features, the number of images, the reference, the
 intensities and the size. So every set is measured at the same n against the same reference, beside two yardsticks, real
 images that nothing was trained on (the floor) and the same blurred (the control), and the protocol stands beside the
-numbers. A metric that ranks any of the controls above real images is named as one that cannot be trusted here.
+numbers. A metric that does not rank all of the controls below real images is named as one that cannot be trusted here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from scipy.ndimage import gaussian_filter
 
 from ldm.data.datamodule import CohortDataModule
 from ldm.diffusion import noise
+from ldm.errors import LdmError
 from ldm.evaluation.features import FeatureNetwork, extract
 from ldm.evaluation.repeats import spread_over_seeds
 from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_interval
-from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd
-from ldm.metrics.neighbours import precision_recall_density_coverage
+from ldm.metrics.kernels import kernel_distance, kernel_interval, median_distance, mmd, mmd_interval
+from ldm.metrics.neighbours import neighbour_intervals, precision_recall_density_coverage
 from ldm.metrics.ratio import frechet_ratios, numbered
 from ldm.model.file import package_versions
 from ldm.model.generative import Generative
@@ -174,7 +175,7 @@ def compare(
     Returns:
         ``rows``: name -> numbers; ``floor``, ``control``, ``controls``: which rows these are; ``control_is_worse``:
         whether the Fréchet distance sees what is wrong with the control, without which it says nothing; ``untrusted``:
-        metric -> the controls that it ranks above the floor; ``protocol``.
+        metric -> the controls that it does not rank below the floor; ``protocol``.
 
     Raises:
         LdmError: a set has fewer than 3 images or subjects, or features are not finite or all alike.
@@ -215,8 +216,12 @@ def compare(
             },
             "frechet_interval": "95 %, 200 bootstrap resamples of the subjects of both sets, centred on the distance",
             "kid": "kernel (x.y / F + 1)^3, unbiased, all pairs; 95 % interval: jackknife over subjects of both",
-            "mmd": {"kernel": "Gaussian, unbiased", "bandwidth": bandwidth},
-            "neighbours": {"k": min(NEIGHBOURS, n - 1), "reference_images": n},
+            "mmd": {"kernel": "Gaussian, unbiased; interval as of KID", "bandwidth": bandwidth},
+            "neighbours": {
+                "k": min(NEIGHBOURS, n - 1),
+                "reference_images": n,
+                "interval": "95 %, jackknife over subjects, both sets at once",
+            },
             "blur": f"Gaussian, standard deviation {BLUR:g} voxel",
             "seed": seed,
             "versions": package_versions(),
@@ -236,6 +241,8 @@ def _row(
     ours, theirs = features @ axes, reference @ axes  # (N, D), (R, D)
     extrapolates = n >= SMALLEST and min(len(np.unique(one)) for one in whose) > 2 * axes.shape[1]
     subjects = {"whose_a": whose[0], "whose_b": whose[1]}
+    # As many reference images as there are others: what a ball holds depends on how dense its set is.
+    neighbours = reference[:n], features, min(NEIGHBOURS, n - 1)
     return {
         "n": n,
         "frechet": frechet_distance(ours, theirs),
@@ -244,15 +251,33 @@ def _row(
         "kid": kernel_distance(features, reference),
         "kid_interval": list(kernel_interval(features, reference, *whose)),
         "mmd": mmd(features, reference, bandwidth),
-        # As many reference images as there are others: what a ball holds depends on how dense its set is.
-        **precision_recall_density_coverage(reference[:n], features, min(NEIGHBOURS, n - 1)),
+        "mmd_interval": list(mmd_interval(features, reference, bandwidth, *whose)),
+        **precision_recall_density_coverage(*neighbours),
+        **neighbourhood(*neighbours, whose),
     }
 
 
+def neighbourhood(
+    reference: np.ndarray, features: np.ndarray, k: int, whose: tuple[np.ndarray, np.ndarray]
+) -> dict[str, list[float] | None]:
+    """Intervals of precision, recall, density and coverage; None of sets so small that no image can be left out."""
+    whose_reference = numbered(list(whose[1][: len(reference)]), len(reference))
+    try:
+        found = neighbour_intervals(reference, features, k, whose_reference, whose[0])
+    except LdmError:
+        found = dict.fromkeys(("precision", "recall", "density", "coverage"))
+    return {f"{name}_interval": one for name, one in found.items()}
+
+
 def untrusted(rows: Mapping[str, Mapping[str, Any]], floor: str, controls: Sequence[str]) -> dict[str, list[str]]:
-    """Metrics that call images known to be worse better than real ones: metric -> these images."""
+    """Metrics that do not rank images known to be worse below real ones: metric -> these images.
+
+    A tie counts: a metric that is at its end for both sees no difference. Images that have the Fréchet distance of the
+    real ones, such as perfect reconstructions, are none that are known to be worse.
+    """
+    worse = [name for name in controls if rows[name]["frechet"] != rows[floor]["frechet"]]
     above = {
-        metric: [name for name in controls if sign * rows[name][metric] > sign * rows[floor][metric]]
+        metric: [name for name in worse if sign * rows[name][metric] >= sign * rows[floor][metric]]
         for metric, sign in BETTER.items()
     }
     return {metric: names for metric, names in above.items() if names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,15 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
         if len(refs[name]) < least:
             raise LdmError(f"{name} has {len(refs[name])} images; distances need at least {least}.")
     halves = halves_by_subject(refs["real"], seed)
-    for half in halves:
-        if (lacking := too_few([subject_of(ref) for ref in half])) is not None:
-            raise LdmError(f"real: of the images of half of its subjects there are {lacking}.")
     n = min(len(halves[1]), len(refs["synthetic"]))
-    chosen = np.random.default_rng(seed).permutation(len(refs["synthetic"]))[:n]
+    held_out, drawn = (evenly_over_subjects(one, n, seed) for one in (halves[1], refs["synthetic"]))
+    for part in (halves[0], held_out):
+        if (lacking := too_few([subject_of(ref) for ref in part])) is not None:
+            raise LdmError(f"real: of the images of half of its subjects there are {lacking}.")
     sets = {
-        FLOOR: read_all(recipe, halves[1][:n], real),
-        CONTROL: map(blurred, read_all(recipe, halves[1][:n], real)),
-        SYNTHETIC: read_all(recipe, [refs["synthetic"][i] for i in chosen], synthetic),
+        FLOOR: read_all(recipe, held_out, real),
+        CONTROL: map(blurred, read_all(recipe, held_out, real)),
+        SYNTHETIC: read_all(recipe, drawn, synthetic),
     }
     return compare(
         extract(network, read_all(recipe, halves[0], real)),
@@ -77,7 +78,7 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
             "value_range": None if recipe.value_range is None else list(recipe.value_range),
         },
         seed,
-        subjects=[subject_of(ref) for ref in halves[1][:n]],
+        subjects=[subject_of(ref) for ref in held_out],
         reference_subjects=[subject_of(ref) for ref in halves[0]],
     )
 
@@ -96,6 +97,18 @@ def halves_by_subject(refs: Sequence[str], seed: int) -> tuple[list[str], list[s
     place = {subjects[i]: number for number, i in enumerate(order)}
     shuffled = sorted(refs, key=lambda ref: place[subject_of(ref)])
     return [ref for ref in shuffled if subject_of(ref) in first], [r for r in shuffled if subject_of(r) not in first]
+
+
+def evenly_over_subjects(refs: Sequence[str], n: int, seed: int) -> list[str]:
+    """``n`` of the images, in turn one of each subject: as many subjects as there can be, and none much more often."""
+    order = np.random.default_rng(seed).permutation(len(refs))
+    turns: dict[str, int] = defaultdict(int)
+    ranked = []
+    for i in order:
+        whose = subject_of(refs[i])
+        ranked.append((turns[whose], len(ranked), refs[i]))
+        turns[whose] += 1
+    return [ref for _, _, ref in sorted(ranked)[:n]]
 
 
 def image_references(folder: Path, recipe: Preprocessing) -> list[str]:

@@ -15,6 +15,8 @@ from ldm.errors import LdmError, nearest
 from ldm.evaluation.audit import INCONCLUSIVE
 
 FEWEST = 5  # subjects: the interval of fewer says next to nothing of others, and that of one has no width
+#: how many times as far held-out images may be where there are so many that any difference in kind is seen
+FAR = 2.0
 GOALS = {"frechet_ratio": 1.5, "ms_ssim": 0.02, "share": 0.95}
 MET, MISSED, UNDECIDED, NOT_MEASURED = "met", "missed", "undecided", "not measured"
 
@@ -88,7 +90,7 @@ def realism(distances: Metrics | None, goal: float | None) -> Verdict:
     row, rows = distances["rows"][name], distances["rows"]
     above = distances.get("untrusted", {}).get("frechet", [])
     if above:
-        why = f"This distance cannot be trusted here: it calls {' and '.join(above)} better than real images."
+        why = f"This distance cannot be trusted here: it does not call {' and '.join(above)} worse than real images."
         return Verdict(question, NOT_MEASURED, f"{why} So it says nothing about generated images either.")
     if row.get("frechet_ratio_interval") is None or goal is None:
         return Verdict(question, NOT_MEASURED, _no_ratio(row, goal))
@@ -102,16 +104,26 @@ def realism(distances: Metrics | None, goal: float | None) -> Verdict:
     if control["frechet_ratio_interval"][0] <= 1:
         why = "With so few images this distance does not tell blurred images from real ones: it decides nothing."
         return Verdict(question, NOT_MEASURED, f"{why} {said}")
-    floor = rows[distances["floor"]].get("frechet_ratio_interval", (1.0, 1.0))
-    if floor[0] > 1:
-        why = (
-            f"Real held-out images themselves are {number(rows[distances['floor']]['frechet_ratio'])} times as far "
-            f"{_interval(floor)} as parts of all real images are from each other: reference and held-out images differ "
-            "in kind (the network was trained on one of them, or the split is uneven), and the ratio decides nothing."
-        )
-        return Verdict(question, NOT_MEASURED, f"{why} {said}")
+    apart = _held_out_differ(distances)
+    if apart is not None:
+        return Verdict(question, NOT_MEASURED, f"{apart} {said}")
     seeds = _over_seeds(distances.get("seeds", {}).get("frechet_ratio"))
     return Verdict(question, judged(row["frechet_ratio_interval"], high=goal), said + seeds)
+
+
+def _held_out_differ(distances: Metrics) -> str | None:
+    """Why held-out images are no yardstick; None where they are one."""
+    ratio, row = distances["protocol"].get("frechet_ratio", {}), distances["rows"][distances["floor"]]
+    value, interval = row["frechet_ratio"], row.get("frechet_ratio_interval", (1.0, 1.0))
+    if ratio.get("floor"):
+        value, interval = ratio["floor"]["value"], ratio["floor"]["interval"]
+    if interval[0] <= (FAR if ratio.get("method", "").startswith("extrapolated") else 1):
+        return None
+    return (
+        f"Real held-out images themselves are {number(value)} times as far {_interval(interval)} as parts of all real "
+        "images are from each other: reference and held-out images differ in kind (the network was trained on one of "
+        "them, or the split is uneven), and the ratio decides nothing."
+    )
 
 
 def generated_row(distances: Metrics) -> str:

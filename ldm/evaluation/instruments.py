@@ -103,14 +103,21 @@ def find_instruments(
 
 
 def merged(instruments: Mapping[str, Instrument]) -> Instrument | None:
-    """One instrument that measures what several do; of a covariate that more than one measures, the first's value."""
+    """One instrument that measures what several do; of a covariate that more than one measures, the first's value.
+
+    Instruments that turn out to measure nothing that those before them do not are not used again.
+    """
     if not instruments:
         return None
+    used = list(instruments.values())
 
     def measure(image: np.ndarray) -> dict[str, float | str]:
         found: dict[str, float | str] = {}
-        for instrument in instruments.values():
-            found = {**instrument(image), **found}
+        for instrument in tuple(used):
+            values = instrument(image)
+            if found and values.keys() <= found.keys():
+                used.remove(instrument)
+            found = {**values, **found}
         return found
 
     return measure

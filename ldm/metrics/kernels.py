@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
@@ -33,6 +35,10 @@ def kernel_interval(
     Raises:
         LdmError: a set has fewer than 3 images or subjects.
     """
+    return _interval(a, b, whose_a, whose_b, _cubic)
+
+
+def _interval(a, b, whose_a, whose_b, kernel) -> tuple[float, float]:
     a, b = checked(a, b, 3)
     owners = []
     for features, whose in ((a, whose_a), (b, whose_b)):
@@ -40,7 +46,7 @@ def kernel_interval(
         owners.append((whose[:, None] == np.unique(whose)).astype(np.float64))  # (N, subjects)
         if owners[-1].shape[1] < 3:
             raise LdmError(f"an interval over subjects needs 3 of them in each set; there are {owners[-1].shape[1]}.")
-    return _jackknife(*_kernels(a, b, _cubic), *owners)
+    return _jackknife(*_kernels(a, b, kernel), *owners)
 
 
 def mmd(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) -> float:
@@ -52,11 +58,18 @@ def mmd(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) -> float:
     """
     a, b = checked(a, b)
     bandwidth = median_distance(np.concatenate([a, b])) if bandwidth is None else bandwidth
+    return _unbiased(*_sums(*_kernels(a, b, functools.partial(_gaussian, bandwidth=bandwidth))))
 
-    def gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.exp(cdist(x, y, "sqeuclidean") / (-2 * bandwidth**2))
 
-    return _unbiased(*_sums(*_kernels(a, b, gaussian)))
+def mmd_interval(
+    a: np.ndarray,
+    b: np.ndarray,
+    bandwidth: float,
+    whose_a: np.ndarray | None = None,
+    whose_b: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """95 % interval of :func:`mmd`, as :func:`kernel_interval` is one of :func:`kernel_distance`."""
+    return _interval(a, b, whose_a, whose_b, functools.partial(_gaussian, bandwidth=bandwidth))
 
 
 def median_distance(x: np.ndarray) -> float:
@@ -69,6 +82,10 @@ def median_distance(x: np.ndarray) -> float:
     if median == 0:
         raise LdmError("most images have equal features: there is no bandwidth for a Gaussian kernel.")
     return median
+
+
+def _gaussian(x: np.ndarray, y: np.ndarray, bandwidth: float) -> np.ndarray:
+    return np.exp(cdist(x, y, "sqeuclidean") / (-2 * bandwidth**2))
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -52,7 +52,9 @@ def frechet_ratios(
         seed: of the splits.
 
     Returns:
-        ``method``; ``n``; ``groups``; ``ratios``: name -> ``{value, interval}``, None where the floor is 0.
+        ``method``; ``n``; ``groups``; ``ratios``: name -> ``{value, interval}``, None where the floor is 0;
+        ``floor``: the same of the real images at n images over the cross-validated floor, whatever the method: how much
+        further the held-out images are from the reference than parts of all real images are from each other.
 
     Raises:
         LdmError: sets of different size, or fewer than 3 subjects.
@@ -70,10 +72,11 @@ def frechet_ratios(
     if n > 4 * features and min(map(_smallest_half, whose, out)) > features:
         ratios = _extrapolated_ratios(reference, sets, floor, whose, out, groups)
     method = FIXED if ratios is None else EXTRAPOLATED
+    below = cross_validated(sets[floor], reference, *whose, seed)
     if ratios is None:
-        below = cross_validated(sets[floor], reference, *whose, seed)
         ratios = {name: _fixed_ratio(features, reference, below, out, groups) for name, features in sets.items()}
-    return {"method": method, "n": n, "groups": groups, "ratios": ratios}
+    own = _fixed_ratio(sets[floor], reference, below, out, groups)
+    return {"method": method, "n": n, "groups": groups, "ratios": ratios, "floor": own}
 
 
 def cross_validated(

@@ -128,14 +128,20 @@ def test_rows_of_other_channels_have_other_names(tmp_path, subjects):
 
 
 def test_the_table_says_where_each_row_was_timed_and_what_is_of_another_split():
-    numbers = dict.fromkeys(("frechet", "kid", "precision", "recall", "frechet_ratio"), 1.0)
-    numbers |= {f"{name}_interval": [0.0, 2.0] for name in ("frechet", "kid", "frechet_ratio")}
+    metrics = ("frechet", "kid", "mmd", "precision", "recall", "density", "coverage", "frechet_ratio")
+    numbers = {**dict.fromkeys(metrics, 1.0), **{f"{name}_interval": [0.0, 2.0] for name in metrics}}
+    numbers |= {"frechet_infinity": None}
     rows = {name: {**numbers, "seconds_a_sample": 0.5, "timed_on": "CUDA"} for name in ("A", "B")}
+    rows["A"] |= {"model_sha256": "0123456789abcdef0", "steps": 70, "sampling": {"steps": 5, "eta": None}}
     table = {"rows": {"real": numbers, **rows}, "floor": "real", "controls": [], "untrusted": {}}
     table["protocol"] = {"cohort": "brains", "n": 8, "seconds_a_sample": "batches of 4"}
     text = markdown(table)
     assert "* seconds_a_sample: batches of 4 on CUDA\n" in text
     assert text.count("CUDA") == 1
+    assert "* A: 0123456789abcdef, 70 steps; steps 5\n" in text
+    assert "other versions" not in text
+    table["protocol"]["versions"], rows["B"]["versions"] = {"ldm": "2"}, {"ldm": "1"}
+    assert "* B was measured by other versions: ldm 1\n" in markdown(table)
     rows["B"]["timed_on"] = "CPU, 2 threads"
     text = markdown(table)
     assert "* seconds_a_sample: batches of 4\n" in text

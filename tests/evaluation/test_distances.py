@@ -1,6 +1,7 @@
 """Distances with their protocol: rows against one reference, feature networks, folders, the report."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from ldm.evaluation.distances import (
 from ldm.evaluation.features import MedicalNetFeatures, check_features, extract, find_features
 from ldm.evaluation.folders import (
     SYNTHETIC,
+    evenly_over_subjects,
     folder_distances,
     halves_by_subject,
     image_references,
@@ -219,7 +221,19 @@ def test_a_distance_that_does_not_see_the_control_says_so():
     assert not result["control_is_worse"]
     verdict = realism(result, 1.5)
     assert verdict.status == NOT_MEASURED
-    assert "cannot be trusted here: it calls blurred better than real images" in verdict.text
+    assert "cannot be trusted here: it does not call blurred worse than real images" in verdict.text
+
+
+def test_a_metric_at_its_end_for_real_images_and_a_control_says_nothing():
+    rng = np.random.default_rng(0)
+    reference, real = rng.standard_normal((2, 40, 3))
+    inside = compare(reference, {"real": 0.3 * real, "moved": 0.3 * real + 0.2}, "real", "moved", {})
+    assert inside["rows"]["real"]["precision"] == inside["rows"]["moved"]["precision"] == 1
+    assert inside["untrusted"]["precision"] == ["moved"]
+    same = compare(
+        reference, {"real": real, "same": real, "worse": real + 1}, "real", "worse", {}, controls=["same", "worse"]
+    )
+    assert "frechet" not in same["untrusted"]  # images that are the same are none that are known to be worse
 
 
 # feature networks ---------------------------------------------------------------------------------------
@@ -326,6 +340,15 @@ def test_masks_and_mosaics_are_no_images_and_a_person_is_in_one_half(tmp_path):
     assert not whose[0] & whose[1]
     assert abs(len(whose[0]) - len(whose[1])) <= 1
     assert subject_of("scan_a.png") != subject_of("scan_b.png")
+
+
+def test_fewer_images_than_a_half_has_are_of_as_many_subjects_as_can_be():
+    refs = [f"sub-{i:02}_slice-{k}.png" for i in range(6) for k in range(10 + i)]
+    chosen = evenly_over_subjects(refs, 13, seed=0)
+    counts = Counter(map(subject_of, chosen))
+    assert len(set(chosen)) == 13
+    assert sorted(counts.values()) == [2, 2, 2, 2, 2, 3]
+    assert evenly_over_subjects(refs, 13, seed=1) != chosen
 
 
 def test_files_of_several_channels_are_one_image(tmp_path):

@@ -63,6 +63,17 @@ def test_what_it_cannot_measure_is_refused(made):
         find_instrument(config, predictor(in_channels=2).preprocessing, SCHEMA)
 
 
+def test_an_instrument_that_adds_nothing_is_not_asked_again():
+    asked = []
+
+    def instrument(title, *names):
+        return lambda image: asked.append(title) or dict.fromkeys(names, title)
+
+    measure = merged({"a": instrument("a", "x"), "b": instrument("b", "x"), "c": instrument("c", "x", "y")})
+    assert [measure(None), measure(None)] == [{"x": "a", "y": "c"}] * 2
+    assert "".join(asked) == "abcac"
+
+
 def test_several_instruments_are_a_list(made):
     made, config = made
     image = torch.rand(1, 12, 8).numpy()

@@ -14,10 +14,10 @@ from ldm.evaluation.distances import compare
 from ldm.evaluation.goals import MET, MISSED, NOT_MEASURED, UNDECIDED, check_goals, judged, overall, verdicts
 from ldm.evaluation.report import write_report
 from ldm.evaluation.spaces import MatcherSpace
-from ldm.metrics.ratio import FIXED
+from ldm.metrics.ratio import EXTRAPOLATED, FIXED
 
 
-def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None, floor=(0.8, 1.3)):
+def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None, floor=(0.8, 1.3), method=FIXED):
     """Distances of random features, with the numbers put in that decide."""
     rng = np.random.default_rng(0)
     sets = {name: rng.standard_normal((12, 2)) for name in ("real", "blurred", "samples")}
@@ -26,10 +26,11 @@ def distances(ratio=1.2, interval=(1.1, 1.4), control=(3.0, 8.0), untrusted=None
         "features": {"kind": "fake", "name": "f", "sha256": "0" * 64},
     }
     result = compare(rng.standard_normal((40, 2)), sets, "real", "blurred", protocol)
-    result["protocol"]["frechet_ratio"]["method"] = FIXED
+    own = {"value": sum(floor) / 2, "interval": list(floor)}
+    result["protocol"]["frechet_ratio"] |= {"method": method, "floor": own}
     result["untrusted"] = untrusted or {}
     result["rows"]["samples"] |= {"frechet_ratio": ratio, "frechet_ratio_interval": list(interval)}
-    result["rows"]["real"] |= {"frechet_ratio": sum(floor) / 2, "frechet_ratio_interval": list(floor)}
+    result["rows"]["real"] |= {"frechet_ratio": own["value"], "frechet_ratio_interval": own["interval"]}
     result["rows"]["blurred"] |= {"frechet_ratio": 5.0, "frechet_ratio_interval": list(control)}
     return result
 
@@ -74,7 +75,13 @@ FULL = {
         ({"distances": distances(1.4, (1.1, 1.9))}, UNDECIDED, "12 images each: with fewer images any ratio"),
         ({"distances": distances(control=(0.9, 9.0))}, NOT_MEASURED, "does not tell blurred images from real ones"),
         ({"distances": distances(floor=(1.2, 1.9))}, NOT_MEASURED, "reference and held-out images differ in kind"),
-        ({"distances": distances(untrusted={"frechet": ["blurred"]})}, NOT_MEASURED, "calls blurred better than real"),
+        ({"distances": distances(floor=(1.2, 1.9), method=EXTRAPOLATED)}, MET, "extrapolated to infinitely many"),
+        ({"distances": distances(floor=(2.1, 2.9), method=EXTRAPOLATED)}, NOT_MEASURED, "2.5 times as far (95 %: 2.1"),
+        (
+            {"distances": distances(untrusted={"frechet": ["blurred"]})},
+            NOT_MEASURED,
+            "does not call blurred worse than real",
+        ),
         ({"distances": distances(), "goals": {"frechet_ratio": None}}, NOT_MEASURED, "No goal is set"),
         ({}, NOT_MEASURED, "needs a feature network"),
     ],
@@ -212,7 +219,7 @@ def test_a_metric_that_cannot_be_trusted_is_flagged_beside_its_number(tmp_path):
     flagged = copy.deepcopy(FULL)
     flagged["distances"]["untrusted"] = {"precision": ["blurred"], "kid": ["blurred"]}
     text = page(tmp_path, flagged)
-    assert "Precision: this metric cannot be trusted here.</strong> It ranks blurred above real images." in text
+    assert "Precision: this metric cannot be trusted here.</strong> It does not rank blurred below real images." in text
     assert text.count('number distrust"') == 2 * 3  # both columns of all three rows
     assert 'distrust"' not in page(tmp_path, FULL)
 

@@ -9,8 +9,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.errors import LdmError
 from ldm.metrics.frechet import frechet_distance, frechet_infinity, frechet_interval
-from ldm.metrics.kernels import kernel_distance, kernel_interval, mmd
-from ldm.metrics.neighbours import precision_recall_density_coverage
+from ldm.metrics.kernels import kernel_distance, kernel_interval, mmd, mmd_interval
+from ldm.metrics.neighbours import neighbour_intervals, precision_recall_density_coverage
 
 
 class Features(torch.nn.Module):
@@ -128,6 +128,21 @@ def test_the_kernel_interval_holds_the_true_distance():
         assert low < kernel_distance(a, b) < high
         covered += low <= true <= high
     assert 0.87 <= covered / 200 <= 0.98
+
+
+def test_the_intervals_of_mmd_and_of_neighbours_hold_what_such_sets_have_on_average():
+    found, held = [], []
+    whose = np.arange(60), np.arange(60)
+    for i in range(120):
+        a, b = gaussian(60, 2, seed=2 * i), gaussian(60, 2, shift=0.7, seed=2 * i + 1)
+        values = {**precision_recall_density_coverage(a, b, 5), "mmd": mmd(a, b, 1.5)}
+        found.append(values)
+        held.append({**neighbour_intervals(a, b, 5, *whose), "mmd": mmd_interval(a, b, 1.5)})
+    for name in found[0]:
+        mean = np.mean([one[name] for one in found])
+        share = np.mean([one[name][0] <= mean <= one[name][1] for one in held])
+        assert share >= 0.88, (name, share)
+        assert np.mean([np.ptp(one[name]) for one in held]) < 6 * np.std([one[name] for one in found]), name
 
 
 def test_intervals_are_over_subjects():

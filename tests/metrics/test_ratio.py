@@ -33,6 +33,7 @@ def test_the_ratio_is_extrapolated_where_the_floor_is_told_from_zero():
     low, high = result["ratios"]["samples"]["interval"]
     assert low < 4 < high  # (2 * 1.0^2) / (2 * 0.5^2)
     assert result["ratios"]["real"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert result["floor"]["interval"][0] > 2  # the held-out images are another distribution than the reference
 
 
 def test_the_ratio_of_equal_distributions_is_one_at_a_fixed_number():
