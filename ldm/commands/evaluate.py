@@ -20,7 +20,7 @@ from ldm.evaluation.distances import blurred, model_distances
 from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs, spread, within_sets
 from ldm.evaluation.features import find_features
 from ldm.evaluation.fidelity import fidelity
-from ldm.evaluation.folders import folder_distances
+from ldm.evaluation.folders import folder_distances, folder_likeness
 from ldm.evaluation.goals import check_goals
 from ldm.evaluation.instruments import instrument_hashes, merged
 from ldm.evaluation.masks import mask_dice, mask_segmenter
@@ -107,7 +107,7 @@ def measured(setup: Setup, images: Images) -> dict[str, Any]:
 
 
 def compare_folders(config: DictConfig) -> dict[str, Any]:
-    """Distances of two folders of images, in ``metrics.json`` and ``report.html``; returns what the former holds.
+    """Distances of two folders of images, likeness within each, and mosaics; returns what ``metrics.json`` holds.
 
     Raises:
         LdmError: one folder is not given, or there are no feature weights.
@@ -121,11 +121,16 @@ def compare_folders(config: DictConfig) -> dict[str, Any]:
         raise LdmError(f"features.path={given}: without it two folders cannot be compared.")
     folder, real, synthetic = Path(config.run_dir), Path(config.real), Path(config.synthetic)
     distances = folder_distances(network, real, synthetic, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = {"real": str(real), "synthetic": str(synthetic), "distances": distances}
+    likeness = folder_likeness(network, real, synthetic, folder / "figures", config.pairs, config.seed)
+    metrics = {
+        "real": str(real),
+        "synthetic": str(synthetic),
+        "goals": check_goals(section(config, "goals")),
+        "distances": distances,
+        **({} if likeness is None else {"ms_ssim": likeness}),
+    }
     write_json(folder / "metrics.json", metrics)
-    goal = check_goals(section(config, "goals"))["frechet_ratio"]
-    logger.info("Report: %s", write_folder_report(folder / "report.html", real, synthetic, distances, goal))
+    logger.info("Report: %s", write_folder_report(folder))
     return metrics
 
 

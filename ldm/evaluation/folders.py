@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.stored import NUMPY_SUFFIXES, SEPARATOR, SUFFIXES
 from ldm.errors import LdmError
 from ldm.evaluation.distances import SMALLEST, blurred, compare, too_few
+from ldm.evaluation.diversity import REAL, SAMPLES, within_sets
 from ldm.evaluation.features import FeatureNetwork, extract
+from ldm.evaluation.pictures import SHOWN
 from ldm.model.output import file_ends, grouped
+from ldm.training.figures import mosaic
 
 FLOOR = "real images, the other half"
 CONTROL = "real images, the other half, blurred"
 SYNTHETIC = "synthetic images"
+LOOKED_AT = 64  # images of each folder that are held in memory at once
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _NO_IMAGE = re.compile(r"^mosaic\.png$|_(dseg|probseg|mask|seg|lesion)\.")
 
@@ -44,43 +49,99 @@ def folder_distances(network: FeatureNetwork, real: Path, synthetic: Path, seed:
         LdmError: no such folder, too few images or subjects, or a file that cannot be read or does not fit the
             preprocessing.
     """
-    recipe = network.preprocessing
-    if recipe is None:
-        raise LdmError(
-            f"features.kind '{network.identity['kind']}' does not say how files become images; to compare folders take "
-            "features.kind=predictor, which does."
-        )
-    refs = {name: image_references(Path(folder), recipe) for name, folder in (("real", real), ("synthetic", synthetic))}
-    for name, least in (("real", 2 * SMALLEST), ("synthetic", SMALLEST)):
-        if len(refs[name]) < least:
-            raise LdmError(f"{name} has {len(refs[name])} images; distances need at least {least}.")
-    halves = halves_by_subject(refs["real"], seed)
-    n = min(len(halves[1]), len(refs["synthetic"]))
-    held_out, drawn = (evenly_over_subjects(one, n, seed) for one in (halves[1], refs["synthetic"]))
-    for part in (halves[0], held_out):
-        if (lacking := too_few([subject_of(ref) for ref in part])) is not None:
-            raise LdmError(f"real: of the images of half of its subjects there are {lacking}.")
+    recipe, refs = _recipe(network), Chosen.choose(network, real, synthetic, seed)
     sets = {
-        FLOOR: read_all(recipe, held_out, real),
-        CONTROL: map(blurred, read_all(recipe, held_out, real)),
-        SYNTHETIC: read_all(recipe, drawn, synthetic),
+        FLOOR: read_all(recipe, refs.held_out, real),
+        CONTROL: map(blurred, read_all(recipe, refs.held_out, real)),
+        SYNTHETIC: read_all(recipe, refs.synthetic, synthetic),
     }
     return compare(
-        extract(network, read_all(recipe, halves[0], real)),
+        extract(network, read_all(recipe, refs.reference, real)),
         {name: extract(network, images) for name, images in sets.items()},
         FLOOR,
         CONTROL,
         {
             "features": network.identity,
-            "reference": {"images": "real images, one half", "n": len(halves[0]), "of": len(refs["real"])},
-            "available": {name: len(found) for name, found in refs.items()},
+            "reference": {
+                "images": "real images, one half",
+                "n": len(refs.reference),
+                "of": refs.available["real"],
+            },
+            "available": refs.available,
             "image_size": list(recipe.image_shape),
             "value_range": None if recipe.value_range is None else list(recipe.value_range),
         },
         seed,
-        subjects=[subject_of(ref) for ref in held_out],
-        reference_subjects=[subject_of(ref) for ref in halves[0]],
+        subjects=[subject_of(ref) for ref in refs.held_out],
+        reference_subjects=[subject_of(ref) for ref in refs.reference],
     )
+
+
+def folder_likeness(
+    network: FeatureNetwork, real: Path, synthetic: Path, figures: Path, most: int = 200, seed: int = 0
+) -> dict[str, Any] | None:
+    """MS-SSIM within the two folders, of at most :data:`LOOKED_AT` images each, and a mosaic of each in ``figures``.
+
+    See :func:`folder_distances` and :func:`ldm.evaluation.diversity.within_sets`; ``most`` is the number of pairs.
+    """
+    recipe, refs = _recipe(network), Chosen.choose(network, real, synthetic, seed)
+    held_out = refs.held_out[:LOOKED_AT]
+    sets = {
+        REAL: list(read_all(recipe, held_out, real)),
+        SAMPLES: list(read_all(recipe, refs.synthetic[:LOOKED_AT], synthetic)),
+    }
+    for name, images in sets.items():
+        mosaic(images[:SHOWN], figures / f"{name}.png", None, recipe.shown_range, rgb=recipe.is_rgb)
+    return within_sets(sets, [subject_of(ref) for ref in held_out], recipe.shown_range, most, seed)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """References of the images that are compared.
+
+    Attributes:
+        reference: real ones of one half of the subjects.
+        held_out: as many of the other half as there are ``synthetic`` ones.
+        synthetic: of the other folder.
+        available: images in each folder.
+    """
+
+    reference: list[str]
+    held_out: list[str]
+    synthetic: list[str]
+    available: dict[str, int]
+
+    @classmethod
+    def choose(cls, network: FeatureNetwork, real: Path, synthetic: Path, seed: int) -> Chosen:
+        """See :func:`folder_distances`."""
+        recipe = _recipe(network)
+        refs = {
+            name: image_references(Path(folder), recipe) for name, folder in (("real", real), ("synthetic", synthetic))
+        }
+        for name, least in (("real", 2 * SMALLEST), ("synthetic", SMALLEST)):
+            if len(refs[name]) < least:
+                raise LdmError(f"{name} has {len(refs[name])} images; distances need at least {least}.")
+        halves = halves_by_subject(refs["real"], seed)
+        n = min(len(halves[1]), len(refs["synthetic"]))
+        held_out, drawn = (evenly_over_subjects(one, n, seed) for one in (halves[1], refs["synthetic"]))
+        for part in (halves[0], held_out):
+            if (lacking := too_few([subject_of(ref) for ref in part])) is not None:
+                raise LdmError(f"real: of the images of half of its subjects there are {lacking}.")
+        return cls(halves[0], held_out, drawn, {name: len(found) for name, found in refs.items()})
+
+
+def _recipe(network: FeatureNetwork) -> Preprocessing:
+    """How files become images.
+
+    Raises:
+        LdmError: the network does not say it.
+    """
+    if network.preprocessing is None:
+        raise LdmError(
+            f"features.kind '{network.identity['kind']}' does not say how files become images; to compare folders take "
+            "features.kind=predictor, which does."
+        )
+    return network.preprocessing
 
 
 def subject_of(ref: str) -> str:

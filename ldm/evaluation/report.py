@@ -20,6 +20,7 @@ from ldm.files import write_text
 
 CURVES = {"curves_first_stage.png": "first stage", "curves_model.png": "model"}
 AUDIT = "audit.json"
+FOLDERS = {"real.png": "Real images.", "samples.png": "Synthetic images."}
 
 
 def write_report(folder: Path) -> Path:
@@ -65,25 +66,28 @@ def write_report(folder: Path) -> Path:
     return write_text(folder / "report.html", page)
 
 
-def write_folder_report(path: Path, real: Path, synthetic: Path, distances: Mapping[str, Any], goal: float) -> Path:
-    """Write the page that compares two folders of images.
+def write_folder_report(folder: Path) -> Path:
+    """Write the page that compares two folders of images, ``report.html``; returns it.
 
     Args:
-        path: ``report.html``.
-        real, synthetic: the folders.
-        distances: see :func:`ldm.evaluation.distances.compare`.
-        goal: largest ratio to the floor.
+        folder: holds ``metrics.json`` with ``real``, ``synthetic``, ``goals``, ``distances`` and perhaps ``ms_ssim``;
+            mosaics are in its ``figures/``.
     """
-    found = [goals.realism(distances, goal)]
+    metrics, figures = _read(folder / "metrics.json"), folder / "figures"
+    found = [goals.realism(metrics["distances"], metrics["goals"]["frechet_ratio"])]
+    found.append(goals.diversity(metrics.get("ms_ssim"), metrics["goals"]["ms_ssim"]))
+    parts = {"Distances": metrics["distances"]["protocol"], "Likeness": metrics.get("ms_ssim", {}).get("protocol")}
     page = template("folders.html").render(
-        real=real,
-        synthetic=synthetic,
+        metrics=metrics,
+        real=metrics["real"],
+        synthetic=metrics["synthetic"],
         verdicts=found,
         overall=goals.overall(found),
-        distances=distances,
-        protocol={"Distances": _indented(distances["protocol"])},
+        distances=metrics["distances"],
+        images=[(caption, embedded(figures / name)) for name, caption in FOLDERS.items() if (figures / name).is_file()],
+        protocol={name: _indented(part) for name, part in parts.items() if part},
     )
-    return write_text(path, page)
+    return write_text(folder / "report.html", page)
 
 
 def write_page(path: Path, name: str, pictures: Mapping[str, Path], **content: Any) -> Path:

@@ -396,13 +396,18 @@ def test_two_folders_are_compared_with_real_halves_as_floor(folders, ldm, monkey
     monkeypatch.setattr("ldm.commands.evaluate.find_features", lambda *given: Texture())
     code, text = ldm("evaluate", f"real={folders[0]}", f"synthetic={folders[1]}", "run_dir=out")
     assert not code, text
-    result = json.loads(Path("out/metrics.json").read_text())["distances"]
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert set(metrics["ms_ssim"]["difference"]) == {"samples"}
+    assert metrics["ms_ssim"]["protocol"]["images"] == 16
+    result = metrics["distances"]
     assert result["protocol"]["available"] == {"real": 32, "synthetic": 20}
     assert result["protocol"]["reference"] == {"images": "real images, one half", "n": 16, "of": 32}
     assert result["protocol"]["n"] == 16
     assert result["control_is_worse"]
     assert result["rows"][SYNTHETIC]["frechet_ratio"] > 3
     page = Path("out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "differ from each other as much as real ones do?" in page
     for said in (SYNTHETIC, "16 images, compared", "0" * 16, str(folders[1]), "(control)", "http"):
         assert (said in page) == (said != "http"), said
 
