@@ -83,6 +83,8 @@ class Generator(nn.Module):
         )
         block = 1 if self.stem is None else self.stem.factor
         self.last = Convolution(spatial_dims, channels[-1], out_channels * block, kernel_size=3, conv_only=True)
+        if self.stem is not None:
+            self.stem.start_even(self.last.conv)
 
     def forward(self, z: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Images ``(B, C, *S)`` float32 of noise ``(B, latent_dim)`` and an embedding ``(B, E)``."""

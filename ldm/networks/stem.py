@@ -56,6 +56,20 @@ class BlockStem(nn.Module):
         conv = F.conv_transpose3d if self.spatial_dims == 3 else F.conv_transpose2d
         return conv(y, self._kernel(channels, y), stride=2, groups=channels)
 
+    @torch.no_grad()
+    def start_even(self, conv: nn.Module) -> None:
+        """Let the convolution before :meth:`inverse` draw blocks of one value at first.
+
+        Blocks of unrelated values are a checkerboard, which training may leave behind (Aitken et al. 2017).
+
+        Args:
+            conv: gives ``C * factor`` channels.
+        """
+        ones = self.kernel.flatten(1).sum(1)  # (factor,): what a block of ones becomes
+        for values in (conv.weight, conv.bias):
+            first = values[:: self.factor].clone()  # (C, ...)
+            values.copy_(torch.einsum("f,c...->cf...", ones, first).flatten(0, 1))  # (C factor, ...)
+
 
 def refinement(spatial_dims: int, channels: int, hidden: int) -> nn.Module:
     """What is added behind an inverse stem at full resolution: zero at first, it lets neighbouring blocks agree."""

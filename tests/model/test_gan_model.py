@@ -205,6 +205,19 @@ def test_continuous_covariates_are_z_scored():
     assert covariates.tokens[0].spread.item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("stem", ["space_to_depth", "haar"])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_stem_starts_without_a_checkerboard(spatial_dims, stem):
+    torch.manual_seed(0)
+    size = (16, 8, 8)[:spatial_dims]
+    generator = Generator(spatial_dims, 2, size, 6, (8, 8), norm_num_groups=4, stem=stem)
+    x = generator(torch.randn(3, 6))
+    for axis in range(2, x.ndim):  # blocks of two voxels along each axis
+        pairs = x.unflatten(axis, (-1, 2))
+        torch.testing.assert_close(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
+    assert x.std() > 0.01
+
+
 def test_covariates_that_training_never_hid_have_to_be_asked_for():
     made = gan()
     made.sample(n=1)  # of a file that does not tell, as ever
