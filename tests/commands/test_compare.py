@@ -18,7 +18,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.errors import LdmError
 from ldm.evaluation.audit import Scans
-from ldm.evaluation.comparison import markdown
+from ldm.evaluation.comparison import agreements_of_all, markdown
 from ldm.evaluation.instruments import OfAnotherSplit
 from ldm.model.load import load_generative
 from tests.evaluation.test_distances import Texture
@@ -125,6 +125,20 @@ def test_rows_of_other_channels_have_other_names(tmp_path, subjects):
     )
     one, two = (measure.file_name("held-out images", {}) for measure in measures)
     assert one != two
+
+
+def test_every_instrument_of_a_row_is_heard():
+    rows = [{"age": 40.0 + i} for i in range(6)]
+    pictures = [np.full((1, 2, 2), row["age"], np.float32) for row in rows]
+    instruments = {
+        "near": lambda image: {"age": float(image.mean())},
+        "far": lambda image: {"age": 2 * float(image.mean()), "unknown": 1.0},
+    }
+    found = agreements_of_all(instruments, CovariateSchema([AGE]), rows, pictures, list("abcdef"))
+    assert {name: (one["instrument"], round(one["slope"], 3)) for name, one in found.items()} == {
+        "age": ("near", 1.0),
+        "age (far)": ("far", 2.0),
+    }
 
 
 def test_the_table_says_where_each_row_was_timed_and_what_is_of_another_split():
