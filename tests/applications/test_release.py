@@ -299,6 +299,25 @@ def test_damaged_checksums_are_made_again(tmp_path, model):
         assert content(tmp_path) == whole
 
 
+@pytest.mark.parametrize("damage", ["truncated", "another number"])
+def test_damaged_documents_are_made_again_and_no_volume_is(tmp_path, model, damage):
+    Release(tiny_plan(model, N), N, tmp_path).run()
+    whole = content(tmp_path)
+    for name in ("provenance.json", "shard-0001/provenance.tsv"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text[:100] if damage == "truncated" else text.replace("1", "7"))
+    assert Release(tiny_plan(model, N), N, tmp_path).run().volumes == 0
+    assert content(tmp_path) == whole
+    assert not subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=False).returncode
+
+
+def test_a_release_grows_though_its_provenance_is_damaged(tmp_path, model, whole):
+    Release(tiny_plan(model, 5), 5, tmp_path).run()
+    (tmp_path / "provenance.json").write_text("{")
+    assert Release(tiny_plan(model), N, tmp_path).run().complete
+    assert content(tmp_path) == content(whole)
+
+
 def test_what_draws_no_images_by_diffusion_is_refused():
     gan = SimpleNamespace(what="LSGAN", classes=None)
     with pytest.raises(LdmError, match="this model is a LSGAN: use ldm sample"):

@@ -70,11 +70,12 @@ class Shard:
 
 
 def json_or(path: Path, default: Any) -> Any:
-    """What a JSON file holds, or ``default`` where there is none."""
+    """What a JSON file holds, or ``default`` where there is none, or one that is damaged or of another kind."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return default
+    return content if isinstance(content, type(default)) else default
 
 
 def _typed(row: Mapping[str, str]) -> Volume:
