@@ -10,6 +10,7 @@ from typing import Any
 from ldm.applications.release.conditions import check_text
 from ldm.applications.release.files import sha256
 from ldm.errors import LdmError
+from ldm.model.provenance import drawn_otherwise
 
 LIMIT = 64 << 20  # bytes of such a file
 WORDS = 4000  # characters of its statement
@@ -57,20 +58,6 @@ def read_audit(
     if record["passed"] and not differing and reason is not None:
         raise LdmError("release_without_audit is set, but the audit passed: leave the reason out.")
     return {**record, "drawn_otherwise": differing, "released_without_audit": reason}
-
-
-def drawn_otherwise(measured: Any, asked: Mapping[str, Any]) -> str | None:
-    """In words how images that were measured were drawn otherwise than a release; None where they were not.
-
-    Args:
-        measured: the sampling options that stand beside the measurement; None where none do.
-        asked: those of the release.
-    """
-    if not isinstance(measured, Mapping):
-        return "it does not say how they were"
-    asked = json.loads(json.dumps(asked))
-    names = [name for name in asked if measured.get(name) != asked[name]]
-    return "; ".join(f"{name} {measured.get(name)} there, {asked[name]} here" for name in names) or None
 
 
 def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
