@@ -164,23 +164,25 @@ def _record(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     """Numbers of an audit for a reader: how many images, which copies it finds, how many may have been missed."""
-    n, kinds = content["n"], content["control"]["kinds"].items()
-    bounds = {name: space["copies"] for name, space in content["spaces"].items() if space["copies"]["usable"]}
+    n, kinds = content["n"], content["control"]["kinds"]
+    found = [f"{kind} {row['recall']:.0%} of {row['n']}" for kind, row in kinds.items()]
+    told = [f"{kind} {row['strict_recall']:.0%}" for kind, row in kinds.items() if "strict_recall" in row]
     return {
         "images": f"{n['synthetic']} synthetic; training: {_scans(n['train'])}; held out: {_scans(n['held_out'])}",
-        "planted copies that were found": ", ".join(f"{kind} {row['recall']:.0%} of {row['n']}" for kind, row in kinds),
-        "planted copies that were told as outright ones": ", ".join(
-            f"{kind} {row['strict_recall']:.0%}" if "strict_recall" in row else f"{kind} unknown" for kind, row in kinds
-        ),
-        "outright copies": ", ".join(
-            f"{one['count']} found, at most {one['share_at_most']:.2%} of such images by {name}"
-            for name, one in bounds.items()
-        )
-        + f" (rule of three, {CONFIDENCE:.0%} confidence)"
-        if bounds
-        else "cannot be told in any way",
+        "planted copies that were found": ", ".join(found),
+        "planted copies that were told as outright ones": ", ".join(told) or "not known",
+        "outright copies": _outright(content["spaces"]),
         "subjects": "scans of one person are known as such" if content["subjects_linked"] else NOT_LINKED,
     }
+
+
+def _outright(spaces: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many synthetic images are outright copies, and how many of many more may be."""
+    copies = {name: space["copies"] for name, space in spaces.items() if space["copies"]["usable"]}
+    each = [
+        f"{one['count']} by {name}, of many images at most {one['share_at_most']:.2%}" for name, one in copies.items()
+    ]
+    return f"{'; '.join(each)} ({CONFIDENCE:.0%} confidence, rule of three)" if each else "cannot be told in any way"
 
 
 def _scans(one: Mapping[str, int]) -> str:
