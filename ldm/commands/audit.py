@@ -12,6 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.progress import track
 
+from ldm.applications.release import asked_of
 from ldm.commands.held_out import expect_a_split
 from ldm.commands.run import check_counts, plain, require_file
 from ldm.commands.sample import asked_rows, asked_table, draw, load_model
@@ -151,6 +152,7 @@ def origin(source: Path, model: LatentDiffusionModel | None) -> dict[str, Any]:
         "synthetic": str(source),
         "sampling": known.get("sampling"),
         "sampling_seed": known.get("seed"),
+        "conditions": asked_of(known, None if drawn_from is None else model),
         **remark,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ldm.evaluation.diversity import REAL, RECONSTRUCTED, SAMPLES, nearest_pairs
 from ldm.evaluation.features import find_features
 from ldm.evaluation.fidelity import fidelity
 from ldm.evaluation.folders import folder_distances, folder_likeness
-from ldm.evaluation.goals import check_goals
+from ldm.evaluation.goals import audit_differs, check_goals
 from ldm.evaluation.instruments import instrument_hashes, merged
 from ldm.evaluation.masks import mask_dice, mask_segmenter
 from ldm.evaluation.pictures import pictures
@@ -56,7 +57,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     metrics = {name: value for name, value in metrics.items() if value is not None}
     pictures(setup.model, images.real, images.samples, setup.folder / "figures", images.value_range)
     keep_curves(setup.model, config, setup.folder / "figures")
-    keep_audit(setup.model, config, setup.folder)
+    keep_audit(metrics, config, setup.folder)
     write_json(setup.folder / "metrics.json", metrics)
     logger.info("Report: %s", write_report(setup.folder))
     return metrics
@@ -243,19 +244,28 @@ def keep_curves(model: Generative, config: DictConfig, folder: Path) -> None:
             figures.copy(picture, folder / name)
 
 
-def keep_audit(model: Generative, config: DictConfig, folder: Path) -> None:
+def keep_audit(metrics: Mapping[str, Any], config: DictConfig, folder: Path) -> None:
     """Copy what ``ldm audit`` found of the same model, if it was run, so that the report has it; never another's.
 
-    The pictures of the nearest pairs, which show training scans, come along only with ``audit_pictures``.
+    One of images that were drawn with other sampling settings comes along too, for the report to say so. The pictures
+    of the nearest pairs, which show training scans, come along only with ``audit_pictures``.
+
+    Args:
+        metrics: what was evaluated: ``model_sha256`` and ``sampling``.
+        config: names the audit.
+        folder: of the evaluation.
     """
     if config.audit is None or not Path(config.audit).is_file():
         return
     content = read_json(Path(config.audit), "an audit")
-    if content.get("model_sha256") == model.header["tensors_sha256"]:
-        keep_nearest(Path(config.audit).parent, folder, config.audit_pictures)
-        write_json(folder / "audit.json", content)
-    else:
+    if content.get("model_sha256") != metrics["model_sha256"]:
         logger.warning("%s is not of this model (ldm audit): it is not in the report.", config.audit)
+        return
+    differing = audit_differs(content, metrics["sampling"])
+    if differing:
+        logger.warning("%s is of images that were drawn otherwise: %s.", config.audit, differing)
+    keep_nearest(Path(config.audit).parent, folder, config.audit_pictures and not differing)
+    write_json(folder / "audit.json", content)
 
 
 def keep_nearest(source: Path, folder: Path, wanted: bool) -> None:

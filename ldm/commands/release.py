@@ -12,6 +12,7 @@ from ldm.applications.release import (
     Plan,
     Release,
     Session,
+    audit_copy,
     bids_suffixes,
     check_model,
     check_volume_count,
@@ -64,8 +65,8 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         check_volume_count(config.n)
     sha256 = model.header["tensors_sha256"]
     sampling = vars(model.settings(sampling_options(config)))
-    audit = read_audit(config.audit, sha256, config.release_without_audit, sampling)
     conditions = conditions_from(plain(config.covariates), model, config.n, config.batch_size, config.seed)
+    audit = read_audit(config.audit, sha256, config.release_without_audit, sampling, conditions)
     n = len(conditions.rows) * config.repeats if config.n is None else config.n
     plan = Plan(
         model,
@@ -81,6 +82,7 @@ def plan_of(config: DictConfig, model: LatentDiffusionModel) -> tuple[Plan, int]
         sampling_options(config),
         license_text(config.license_file),
         read_evaluation(config.evaluation, sha256, sampling),
+        audit_copy(config.audit, sha256),
     )
     return plan, n
 

@@ -22,7 +22,7 @@ from ldm.model.file import package_versions
 
 PASSED, FAILED, INCONCLUSIVE = "passed", "not passed", "not conclusive"
 WORST = 8  # pairs to look at, of each space
-HALF = 0.5  # of the planted copies have to be outright ones, or outright copies are not spoken of
+HALF = 0.5  # of the planted copies of a kind have to be outright ones, or outright copies of it are not spoken of
 SAME = 1e-3  # of the nearest held-out scan's distance: nearer is the scan itself, but for rounding
 
 
@@ -158,10 +158,10 @@ def audit(
         "train": {"scans": len(train.images), "subjects": len(set(train.subjects))},
         "held_out": {"scans": len(held_out.images), "subjects": len(set(held_out.subjects))},
     }
-    numbers, worst = {}, {}
+    numbers, worst, flagged = {}, {}, {}
     for space in spaces:
         found = _Distances(space, synthetic, train, held_out, settings, value_range, rebuild, watch)
-        numbers[space.name], worst[space.name] = _measure(found, settings, len(spaces))
+        numbers[space.name], worst[space.name], flagged[space.name] = _measure(found, settings, len(spaces))
         numbers[space.name]["words"] = space.words
     control = _control(numbers, settings.recall)
     result = {
@@ -169,6 +169,7 @@ def audit(
         "subjects_linked": subjects_linked,
         "differential_privacy": False,
         "control": control,
+        "any_space": _any_space(list(flagged.values())),
         "spaces": numbers,
         "protocol": {
             **dict(protocol or {}),
@@ -238,7 +239,10 @@ def _sources(subjects: Sequence[str], settings: AuditSettings) -> tuple[list[int
     return sources, others
 
 
-def _measure(found: _Distances, settings: AuditSettings, spaces: int) -> tuple[dict[str, Any], list[Pair]]:
+def _measure(
+    found: _Distances, settings: AuditSettings, spaces: int
+) -> tuple[dict[str, Any], list[Pair], dict[str, np.ndarray]]:
+    """Numbers of a space, its nearest pairs, and which of each set of images lie below its threshold."""
     held = found.held_out[found.first].min(1)  # (m,)
     threshold, k = copies.conformal_threshold(held, settings.rate)
     control = {kind: _planted_row(found, matrix, threshold) for kind, matrix in found.planted.items()}
@@ -268,7 +272,19 @@ def _measure(found: _Distances, settings: AuditSettings, spaces: int) -> tuple[d
     }
     order = np.argsort(drawn, kind="stable")[:WORST]
     pairs = [Pair(int(i), int(found.synthetic[i].argmin()), float(drawn[i]), bool(copied[i])) for i in order]
-    return numbers, pairs
+    return numbers, pairs, {name: values <= threshold for name, values in rows.items()}
+
+
+def _any_space(flagged: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """How many images of each set lie below the threshold of at least one space.
+
+    The held-out scans set these thresholds themselves. Their share is what looking in several spaces makes of the rate
+    of one.
+    """
+    either = {name: np.any([space[name] for space in flagged], axis=0) for name in flagged[0]}
+    return {
+        name: {"n": len(some), "flagged": int(some.sum()), "share": float(some.mean())} for name, some in either.items()
+    }
 
 
 def _row(distances: np.ndarray, threshold: float) -> dict[str, Any]:
@@ -294,7 +310,9 @@ def _strict(found: _Distances, control, held: np.ndarray, n: int, settings: Audi
     """The threshold of outright copies: as near as planted copies are, and nearer than a further scan would ever be.
 
     The former is where 95 % of the planted copies lie, of those kinds that this space sees at all; the latter the
-    nearest held-out scan and, as there may be many more synthetic images, a bound for the nearest of n.
+    nearest held-out scan and, as there may be many more synthetic images, a bound for the nearest of n. With few
+    held-out scans that bound is so near that changed copies lie beyond it: ``told`` are the kinds of which it leaves
+    at least half, and a space that tells none is not ``usable``.
     """
     seen = [kind for kind, row in control.items() if row["recall"] >= settings.recall]
     near = np.concatenate([found.planted[kind].min(1) for kind in seen]) if seen else np.array([])
@@ -303,9 +321,10 @@ def _strict(found: _Distances, control, held: np.ndarray, n: int, settings: Audi
         "nearest_of_n": copies.lower_prediction_bound(held, n, alpha),
         "reach_of_planted": float(np.percentile(near, 95)) if seen else None,
     }
-    threshold = min(limit for limit in limits.values() if limit is not None)
-    recall = float((near <= threshold).mean()) if seen else 0.0
-    return {"usable": recall >= HALF, "threshold": threshold, "recall": recall, "kinds": seen, **limits}
+    threshold = max(SAME * float(held.min()), min(limit for limit in limits.values() if limit is not None))
+    recalls = {kind: float((matrix.min(1) <= threshold).mean()) for kind, matrix in found.planted.items()}
+    told = [kind for kind, recall in recalls.items() if recall >= HALF and held.min() > 0]
+    return {"usable": bool(told), "threshold": threshold, "recalls": recalls, "told": told, "kinds": seen, **limits}
 
 
 def _copies(found: _Distances, copied: np.ndarray) -> dict[str, Any]:
@@ -368,25 +387,41 @@ def _control(spaces: Mapping[str, Mapping[str, Any]], recall: float) -> dict[str
     """What the audit as a whole would have noticed: a kind of copy that one space finds need not be found by others.
 
     Returns:
-        ``kinds``: kind -> ``n``, the best ``recall`` of any space, and that ``space``; ``passed``: every kind is found;
-        ``noticeable_share`` of copies, of whichever kind shows last, and None if some kind never does.
+        ``kinds``: kind -> ``n``, the best ``recall`` of any space and that ``space``, and the same of the threshold of
+        outright copies as ``strict_recall`` and ``strict_space`` (None where no space tells the kind); ``passed``:
+        every kind is found; ``untold``: kinds that no space tells; ``noticeable_share`` of copies, of whichever kind
+        shows last, and None if some kind never does.
     """
     kinds, shares = {}, []
     for kind in next(iter(spaces.values()))["control"]:
         rows = {name: space["control"][kind] for name, space in spaces.items()}
         best = max(rows, key=lambda name: rows[name]["recall"])
-        kinds[kind] = {"n": rows[best]["n"], "recall": rows[best]["recall"], "space": best}
+        kinds[kind] = {"n": rows[best]["n"], "recall": rows[best]["recall"], "space": best, **_strictest(spaces, kind)}
         seen = [spaces[name]["noticeable_share"] for name, row in rows.items() if row["recall"] >= recall]
         shares.append(min((share for share in seen if share is not None), default=None))
     return {
         "kinds": kinds,
         "passed": all(row["recall"] >= recall for row in kinds.values()),
+        "untold": [kind for kind, row in kinds.items() if row["strict_space"] is None],
         "noticeable_share": None if None in shares else max(shares),
     }
 
 
+def _strictest(spaces: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """How many planted copies of a kind are outright ones, in the space that tells them best."""
+    recalls = {name: space["copies"]["recalls"][kind] for name, space in spaces.items()}
+    telling = [name for name, space in spaces.items() if kind in space["copies"]["told"]]
+    best = max(telling, key=recalls.__getitem__, default=None)
+    return {"strict_recall": max(recalls.values()) if best is None else recalls[best], "strict_space": best}
+
+
 def _verdict(spaces: Mapping[str, Mapping[str, Any]], control: Mapping[str, Any]) -> str:
-    """``not passed`` if any space has an excess or an outright copy; a control that failed takes a pass away."""
+    """``not passed`` if any space has an excess or an outright copy; a control that failed takes a pass away.
+
+    So does a kind of copy that no space can tell from the nearest of so many unrelated scans: that there is no outright
+    copy then says nothing.
+    """
     if any(one["excess"]["significant"] or one["copies"]["count"] for one in spaces.values()):
         return FAILED
-    return PASSED if control["passed"] and control["noticeable_share"] is not None else INCONCLUSIVE
+    proven = control["passed"] and not control["untold"] and control["noticeable_share"] is not None
+    return PASSED if proven else INCONCLUSIVE

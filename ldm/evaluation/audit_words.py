@@ -19,18 +19,25 @@ NOT_LINKED = (
 def in_words(verdict: str, numbers: Mapping[str, Any]) -> list[str]:
     """Sentences on the ``numbers`` of :class:`ldm.evaluation.audit.AuditResult`, the verdict first."""
     spaces = numbers["spaces"]
-    lines = [_verdict(verdict, spaces), *_control(numbers["control"], numbers["protocol"]["recall"], spaces)]
+    control = numbers["control"]
+    lines = [_verdict(verdict, spaces, control), *_control(control, numbers["protocol"]["recall"], spaces)]
+    lines += [_told(control), _any_space(numbers["any_space"], spaces)]
     for space in spaces.values():
         lines += [_excess(space), _copies(space)]
     lines += [] if numbers["subjects_linked"] else [NOT_LINKED]
     return [*lines, NO_GUARANTEE]
 
 
-def _verdict(verdict: str, spaces: Mapping[str, Any]) -> str:
+def _verdict(verdict: str, spaces: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     if verdict == "passed":
         return (
             "PASSED: not more synthetic images than held-out scans lie near a training scan, none lies as near as a "
             "copy, and the audit found the copies that were planted."
+        )
+    if verdict == "not conclusive" and control["passed"] and control["untold"]:
+        return (
+            f"NOT CONCLUSIVE: copies ({', '.join(control['untold'])}) could not be told from the nearest of so many "
+            "unrelated scans, so that having found no outright copy says nothing."
         )
     if verdict == "not conclusive":
         return "NOT CONCLUSIVE: this audit would not have noticed copies, so that having found none says nothing."
@@ -75,6 +82,27 @@ def _control(control: Mapping[str, Any], recall: float, spaces: Mapping[str, Any
     return [*lines, f"An excess is expected to show when at least {share:.1%} of the images are copies."]
 
 
+def _told(control: Mapping[str, Any]) -> str:
+    """Which kinds of planted copies are told from the nearest unrelated scan, and how many of each."""
+    told = {kind: row for kind, row in control["kinds"].items() if row["strict_space"] is not None}
+    each = ", ".join(f"{row['strict_recall']:.0%} of {kind} by {row['strict_space']}" for kind, row in told.items())
+    text = f"Told as outright copies, nearer than unrelated scans of this number would be: {each or 'none'}."
+    if not control["untold"]:
+        return text
+    missing = ", ".join(f"{kind} {control['kinds'][kind]['strict_recall']:.0%}" for kind in control["untold"])
+    return f"{text} Of other kinds too few are ({missing}): more held-out scans, or a better matcher, would tell them."
+
+
+def _any_space(rows: Mapping[str, Any], spaces: Mapping[str, Any]) -> str:
+    held, drawn = rows["held-out scans"], rows["synthetic images"]
+    rates = ", ".join(f"{space['rate']:.1%} in {name}" for name, space in spaces.items())
+    return (
+        f"Below the threshold of at least one of {len(spaces)} ways lie {held['flagged']} of {held['n']} held-out "
+        f"scans ({held['share']:.1%}; by each way alone {rates} is expected) and {drawn['flagged']} of {drawn['n']} "
+        f"synthetic images ({drawn['share']:.1%})."
+    )
+
+
 def _excess(space: Mapping[str, Any]) -> str:
     drawn, held = space["rows"]["synthetic images"], space["rows"]["held-out scans"]
     test, rebuilt = space["excess"], space["rows"].get("held-out scans, reconstructed")
@@ -104,8 +132,9 @@ def _copies(space: Mapping[str, Any]) -> str:
             f"{where} planted copies do not lie nearer than unrelated scans of this number may: outright copies cannot "
             "be told there."
         )
+    recalls = ", ".join(f"{recall:.0%} of {kind}" for kind, recall in found["recalls"].items())
     return (
-        f"{where} none of {n} synthetic images is an outright copy; the threshold for these finds "
-        f"{found['recall']:.0%} of planted copies. At {found['confidence']:.0%} confidence at most "
-        f"{found['share_at_most']:.2%} of such images lie so near (rule of three)."
+        f"{where} none of {n} synthetic images is an outright copy; the threshold for these finds, of planted copies, "
+        f"{recalls}. At {found['confidence']:.0%} confidence at most {found['share_at_most']:.2%} of such images lie "
+        "so near (rule of three)."
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ldm.errors import LdmError, nearest
 from ldm.evaluation.audit import INCONCLUSIVE
+from ldm.model.provenance import drawn_otherwise
 
 FEWEST = 5  # subjects: the interval of fewer says next to nothing of others, and that of one has no width
 #: how many times as far held-out images may be where there are so many that any difference in kind is seen
@@ -69,7 +70,7 @@ def verdicts(metrics: Metrics, audit: Metrics | None = None) -> list[Verdict]:
         realism(metrics.get("distances"), goals["frechet_ratio"]),
         diversity(metrics.get("ms_ssim"), goals["ms_ssim"]),
         *conditions(metrics.get("fidelity"), goals["share"]),
-        copying(audit),
+        copying(audit, metrics.get("sampling")),
     ]
 
 
@@ -205,15 +206,32 @@ def _levels(entry: Metrics) -> str:
     )
 
 
-def copying(audit: Metrics | None) -> Verdict:
-    """Are generated images copies of training images? What ``ldm audit`` found."""
+def copying(audit: Metrics | None, sampling: Metrics | None = None) -> Verdict:
+    """Are generated images copies of training images? What ``ldm audit`` found of images that were drawn alike.
+
+    Args:
+        audit: content of ``audit.json``, if there is one.
+        sampling: options that the evaluated images were drawn with; None where that is not known.
+    """
     question = "Are generated images free of copies of training images?"
     if audit is None:
         return Verdict(question, NOT_MEASURED, "No audit stands beside this report (ldm audit).")
+    differing = audit_differs(audit, sampling)
+    if differing:
+        text = (
+            "The audit of this model is of images that were, or may have been, drawn otherwise than those of this "
+            f"report ({differing}). Run ldm audit with the same sampling settings."
+        )
+        return Verdict(question, NOT_MEASURED, text)
     statement = str(audit.get("statement", "")) or "The audit makes no statement."
     if audit.get("passed") is None or audit.get("verdict") == INCONCLUSIVE:
         return Verdict(question, NOT_MEASURED, statement)
     return Verdict(question, MET if audit["passed"] else MISSED, statement)
+
+
+def audit_differs(audit: Metrics, sampling: Metrics | None) -> str | None:
+    """In words how an audit's images were drawn otherwise than those of an evaluation; None where they were not."""
+    return None if sampling is None else drawn_otherwise(audit.get("protocol", {}).get("sampling"), sampling)
 
 
 def overall(found: list[Verdict]) -> str:

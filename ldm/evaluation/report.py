@@ -28,7 +28,8 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: holds ``metrics.json``; pictures are in its ``figures/``. ``audit.json``, if it is there, is that of
-            ``ldm audit``; one of another model is left out. Its pictures, which show training scans, are taken from
+            ``ldm audit``; one of another model, or of images that were drawn with other sampling settings, is left
+            out, and of the latter the verdict says so. Its pictures, which show training scans, are taken from
             ``figures/`` if they were put there.
 
     Returns:
@@ -42,6 +43,8 @@ def write_report(folder: Path) -> Path:
     if audit and audit.get("model_sha256") != metrics.get("model_sha256"):
         audit = None
     found, figures = goals.verdicts(metrics, audit), folder / "figures"
+    if audit and goals.audit_differs(audit, metrics.get("sampling")):
+        audit = None  # the verdict says why
     nearest = {name: figures / NEAREST.format(name) for name in (audit or {}).get("spaces", ())}
     nearest = {name: path for name, path in nearest.items() if path.is_file()}
     page = template("report.html").render(

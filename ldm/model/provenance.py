@@ -25,6 +25,20 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_json(known[0], "what is known of the images") if known else {}
 
 
+def drawn_otherwise(measured: Any, asked: Mapping[str, Any]) -> str | None:
+    """In words how images that were measured were drawn otherwise than others; None where they were not.
+
+    Args:
+        measured: the sampling options that stand beside the measurement; None where none do.
+        asked: those of the others.
+    """
+    if not isinstance(measured, Mapping):
+        return "it does not say how they were"
+    asked = json.loads(json.dumps(asked))
+    names = [name for name in asked if measured.get(name) != asked[name]]
+    return "; ".join(f"{name} {measured.get(name)} there, {asked[name]} here" for name in names) or None
+
+
 def settle_request(
     folder: Path,
     request: Mapping[str, Any],

@@ -16,9 +16,12 @@ from omegaconf import OmegaConf
 
 from ldm.applications.release import (
     Release,
+    asked_of,
+    audit_copy,
     bids_suffixes,
     check_model,
     conditions_from,
+    documents,
     read_audit,
     read_evaluation,
 )
@@ -239,8 +242,28 @@ def test_tables_and_grids_are_asked_in_turn(tmp_path, model):
         conditions_from(None, model, None, 2, 0)
 
 
-def audit_file(folder, **changes):
-    content = {"passed": True, "model_sha256": "a" * 64, "statement": "Nothing\nfound."} | changes
+PLANTED = {"n": 40, "recall": 1.0, "space": "features", "strict_recall": 0.9, "strict_space": "features"}
+COPIES = {"usable": True, "count": 0, "share_at_most": 0.0117}
+FOUND = {  # of ``ldm audit``
+    "passed": True,
+    "model_sha256": "a" * 64,
+    "statement": "Nothing\nfound.",
+    "lines": ["Nothing found.", "Control: all found."],
+    "n": {
+        "synthetic": 256,
+        "train": {"scans": 50, "subjects": 48},
+        "held_out": {"scans": 30, "subjects": 29},
+    },
+    "subjects_linked": False,
+    "control": {"kinds": {"unchanged": PLANTED, "noised": PLANTED}, "untold": []},
+    "spaces": {"features": {"rate": 0.05, "copies": COPIES, "noticeable_share": float("nan")}},
+    "protocol": {"rate": 0.05, "alpha": 0.05, "recall": 0.95, "planted": 40, "synthetic": "/home/me/scans"},
+    "worst": {"features": [{"synthetic": 3, "train": 17, "distance": float("nan"), "copy": False}]},
+}
+
+
+def audit_file(folder, protocol=None, **changes):
+    content = FOUND | {"protocol": FOUND["protocol"] | (protocol or {})} | changes
     path = folder / "audit.json"
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
     return path
@@ -256,6 +279,8 @@ def test_a_missing_or_failed_audit_stops(tmp_path):
         ({"model_sha256": "b" * 64}, "is of another model"),
         ({"passed": "yes"}, "'passed' is missing or no bool"),
         ({"statement": None}, "'statement' is missing"),
+        ({"lines": None}, "'lines' is missing"),
+        ({"control": {}}, "is not as `ldm audit` writes it"),
         ({"statement": "=cmd()"}, "starts like a formula"),
     ):
         for reason in (None, "only a test here"):
@@ -268,7 +293,7 @@ def test_a_missing_or_failed_audit_stops(tmp_path):
 
 def test_an_audit_of_images_of_unknown_origin_does_not_serve(tmp_path):
     path = tmp_path / "audit.json"
-    path.write_text(json.dumps({"passed": True, "statement": "Nothing.", "model_sha256": None}))
+    path.write_text(json.dumps(FOUND | {"model_sha256": None}))
     for reason in (None, "only a test here"):
         with pytest.raises(LdmError, match=r"does not say which model drew its images.*ldm sample"):
             read_audit(path, "a" * 64, reason)
@@ -290,6 +315,72 @@ def test_an_audit_of_images_that_were_drawn_otherwise_does_not_serve(tmp_path, m
     assert "only a test here" in card
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"protocol": {"recall": 0.9}}, "recall is 0.9, legal: 0.95 or more"),
+        ({"protocol": {"rate": 0.2}}, "20.0% of unrelated scans may lie below a threshold, legal: up to 5%"),
+        ({"spaces": {"features": {"rate": 0.1, "copies": COPIES}}}, "10.0% of unrelated scans"),  # of few held out
+        ({"protocol": {"alpha": 1e-9}}, "alpha is 1e-09"),
+        ({"control": {"kinds": {"unchanged": PLANTED | {"n": 5}}, "untold": []}}, "5 copies of a kind were planted"),
+        ({"control": {"kinds": {"unchanged": PLANTED}}}, "it does not say that all planted copies can be told"),
+    ],
+)
+def test_a_weak_audit_does_not_serve_and_going_on_with_it_is_recorded(tmp_path, model, changes, said):
+    path, sha = audit_file(tmp_path, **changes), "a" * 64
+    with pytest.raises(LdmError, match=f"is too weak to release by: {said}.*release_without_audit"):
+        read_audit(path, sha)
+    record = read_audit(path, sha, "only a test here")
+    assert said in documents.audit_statement(tiny_plan(model, 1, audit=record))
+    assert record["released_without_audit"] == "only a test here"
+
+
+def test_an_audit_of_images_that_were_asked_otherwise_does_not_serve(tmp_path, model):
+    given = [{"age": 50, "sex": "F"}, {"age": 60, "sex": "M"}]
+    folder = {"rows": [given[i % 2] for i in range(5)], "seed": 0}
+    drawn = {"rows": model.covariate_rows(None, 5, 7), "seed": 7}
+    grid, none = (conditions_from(asked, model, 6, 2, 0) for asked in (given, None))
+    assert read_audit(asked_file(tmp_path, folder, model), "a" * 64, conditions=grid)["drawn_otherwise"] is None
+    assert read_audit(asked_file(tmp_path, drawn, model), "a" * 64, conditions=none)["drawn_otherwise"] is None
+    whole = {"conditions": {"source": grid.source, "sha256": grid.sha256(4)}, "n": 4}  # of a release
+    assert read_audit(asked_file(tmp_path, whole, model), "a" * 64, conditions=grid)["drawn_otherwise"] is None
+    for images, conditions, said in (
+        (drawn, grid, "asked for draws from the training distribution there, covariates that were given here"),
+        (folder, none, "asked for covariates that were given there, draws from the training distribution here"),
+        (folder | {"rows": given[::-1]}, grid, "the 2 images were not asked for what the first 2 of the release are"),
+        (folder | {"inputs": {"mask": ["a"]}}, grid, "they were given mask, which a release gives none"),
+        ({}, grid, "it does not say what they were asked for"),
+    ):
+        with pytest.raises(LdmError, match=said):
+            read_audit(asked_file(tmp_path, images, model), "a" * 64, conditions=conditions)
+
+
+def asked_file(folder, images, model):
+    return audit_file(folder, protocol={"conditions": asked_of(images, model)})
+
+
+def test_an_audit_rides_along_without_what_points_to_a_training_scan(tmp_path, model):
+    path = audit_file(tmp_path)
+    plan = tiny_plan(model, 1, audit=read_audit(path, "a" * 64), audit_copy=audit_copy(path, "a" * 64))
+    Release(plan, 1, tmp_path / "out").run()
+    public = json.loads((tmp_path / "out/audit.json").read_text())
+    assert public["n"] == FOUND["n"]
+    assert public["spaces"]["features"]["noticeable_share"] is None
+    assert public["protocol"]["recall"] == 0.95
+    assert "worst" not in public
+    assert "scans" not in public["protocol"].get("synthetic", "")
+    assert "audit.json" in read_sums(tmp_path / "out/SHA256SUMS")
+    for name in ("model_card.md", "README.md"):
+        text = (tmp_path / "out" / name).read_text()
+        for said in ("256 synthetic; training: 50 scans of 48 subjects", "noised 100% of 40", "noised 90%", "1.17%"):
+            assert said in text, (name, said)
+        assert "does not say which scans are of one person" in text
+        assert "/home/me" not in text
+    card = (tmp_path / "out/model_card.md").read_text()
+    assert all(line in card for line in FOUND["lines"])
+    assert audit_copy(None, "a" * 64) is None
+
+
 def test_damaged_checksums_are_made_again(tmp_path, model):
     Release(tiny_plan(model, N), N, tmp_path).run()
     whole = content(tmp_path)
@@ -297,6 +388,27 @@ def test_damaged_checksums_are_made_again(tmp_path, model):
         (tmp_path / name).write_bytes(damage)
         Release(tiny_plan(model, N), N, tmp_path).run()
         assert content(tmp_path) == whole
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another number"])
+def test_damaged_documents_are_made_again_and_no_volume_is(tmp_path, model, damage):
+    Release(tiny_plan(model, N), N, tmp_path).run()
+    whole = content(tmp_path)
+    for name in ("provenance.json", "shard-0001/provenance.tsv"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text[:100] if damage == "truncated" else text.replace("1", "7"))
+    assert Release(tiny_plan(model, N), N, tmp_path).run().volumes == 0
+    assert content(tmp_path) == whole
+    assert not subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=False).returncode
+
+
+def test_a_release_grows_though_its_provenance_is_damaged(tmp_path, model, whole):
+    Release(tiny_plan(model, 5), 5, tmp_path).run()
+    (tmp_path / "provenance.json").write_text("{")
+    table = tmp_path / "shard-0000/provenance.tsv"
+    table.write_text(table.read_text()[:-100])
+    assert Release(tiny_plan(model), N, tmp_path).run().complete
+    assert content(tmp_path) == content(whole)
 
 
 def test_what_draws_no_images_by_diffusion_is_refused():

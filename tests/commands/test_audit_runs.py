@@ -22,11 +22,11 @@ from tests.training.test_matcher_training import PERSONS, write_persons
 ASKED = (*PERSONS, "planted=5")
 
 
-def copied(tmp_path, count):
-    """A folder of samples that are pictures of the cohort."""
-    (tmp_path / "drawn").mkdir()
+def copied(tmp_path, count, source="made", target="drawn", first=0):
+    """A folder of samples that are pictures of the cohort, or of another folder."""
+    (tmp_path / target).mkdir()
     for i in range(count):
-        shutil.copy(tmp_path / f"made/s{i}.png", tmp_path / f"drawn/sub-{i + 1:06d}.png")
+        shutil.copy(tmp_path / f"{source}/s{first + i}.png", tmp_path / f"{target}/sub-{i + 1:06d}.png")
 
 
 def test_only_what_stands_beside_the_images_says_which_model_drew_them(tmp_path, caplog):
@@ -42,6 +42,7 @@ def test_only_what_stands_beside_the_images_says_which_model_drew_them(tmp_path,
     for name in ("release.json", "provenance.json"):
         (tmp_path / name).write_text(json.dumps({"model_sha256": name, "sampling": {"eta": 0}, "seed": 3}))
         known = {"model_sha256": name, "sampling": {"eta": 0}, "sampling_seed": 3, "synthetic": str(tmp_path)}
+        known["conditions"] = None
         assert origin(tmp_path, model) == known == origin(tmp_path, None)
 
 
@@ -76,6 +77,15 @@ def test_a_folder_of_copies_does_not_pass_and_another_split_is_refused(ldm, tmp_
     assert found["n"]["train"]["scans"] == 28
     assert found["protocol"]["matcher"]["steps"] == 12
     assert found["protocol"]["model_sha256"] is None
+    write_persons(tmp_path / "others", 70)  # the first 40 are the cohort's
+    copied(tmp_path, 30, "others", "unseen", first=40)
+    code, text = ldm("audit", *PERSONS, "synthetic=unseen", "run_dir=unseen_audit")
+    assert code == 0, text
+    passed = json.loads((tmp_path / "unseen_audit/audit.json").read_text())
+    assert passed["passed"] is True
+    assert passed["protocol"]["recall"] == 0.95
+    assert passed["any_space"]["synthetic images"]["n"] == 30
+    assert "PASSED: not more synthetic images than held-out scans" in " ".join(text.split())
     page = (tmp_path / "runs/made/audit/audit.html").read_text()
     assert "no formal guarantee" in page
     assert "http" not in page
@@ -125,6 +135,8 @@ def test_a_model_is_sampled_and_its_latent_space_looked_in(ldm, tmp_path):
     assert found["spaces"]["latents"]["control"]["unchanged"]["recall"] == 1
     assert found["spaces"]["latents"]["control"]["flipped"]["source_found"] == 1  # a flip of it is encoded too
     assert found["protocol"]["sampling"]["num_inference_steps"] == 1
+    assert found["protocol"]["conditions"]["source"] == "training distribution"
+    assert found["protocol"]["conditions"]["n"] == 6
     assert found["subjects_linked"] is False
     assert "does not say which scans are of one person" in text
     samples = tmp_path / "runs/made/audit/samples"

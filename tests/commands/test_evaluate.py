@@ -1,13 +1,15 @@
 """What is measured on a written sample is the sample, not how it was stored."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.commands import evaluate, evaluation_images
-from ldm.commands.evaluate import keep_nearest
+from ldm.commands.evaluate import keep_audit, keep_nearest
 from ldm.commands.held_out import evenly_first, read_sample
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
@@ -152,6 +154,20 @@ def test_fewer_samples_than_subjects_ask_evenly_from_all():
     assert names == list("acebdfg")
     assert numbers == [0, 2, 4, 1, 3, 5, 6]
     assert evenly_first(9, list("abc")) == [list("abc")]
+
+
+def test_an_audit_of_other_images_comes_without_its_pictures(tmp_path, caplog):
+    (tmp_path / "audit/figures").mkdir(parents=True)
+    PIL.Image.new("L", (4, 4)).save(tmp_path / "audit/figures/nearest_latents.png")
+    path, metrics = tmp_path / "audit/audit.json", {"model_sha256": "a", "sampling": {"guidance_scale": 1.5}}
+    config = OmegaConf.create({"audit": str(path), "audit_pictures": True})
+    for scale, shown in ((1.5, 1), (4.0, 0)):
+        path.write_text(json.dumps({"model_sha256": "a", "protocol": {"sampling": {"guidance_scale": scale}}}))
+        (tmp_path / f"{scale}/figures").mkdir(parents=True)
+        keep_audit(metrics, config, tmp_path / str(scale))
+        assert (tmp_path / f"{scale}/audit.json").is_file()
+        assert len(list((tmp_path / f"{scale}/figures").iterdir())) == shown
+    assert "drawn otherwise: guidance_scale 4.0 there, 1.5 here" in caplog.text
 
 
 @pytest.mark.parametrize(("wanted", "kept"), [(True, ["nearest_latents.png"]), (False, [])])

@@ -88,13 +88,15 @@ def test_a_few_copies_among_many_are_found_too():
     assert not result.passed
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_scans_that_nobody_saw_pass_though_some_are_flagged(seed):
-    result = audit(persons(100, seed), TRAIN, HELD_OUT, spaces(spectrum), settings=SETTINGS, subjects_linked=False)
+@pytest.mark.parametrize(("seed", "settings"), [(2, SETTINGS), (3, AuditSettings())], ids=["lenient", "as demanded"])
+def test_scans_that_nobody_saw_pass_though_some_are_flagged(seed, settings):
+    result = audit(persons(100, seed), TRAIN, HELD_OUT, spaces(spectrum), settings=settings, subjects_linked=False)
+    assert {row["n"] for row in result.numbers["control"]["kinds"].values()} == {settings.planted}
     space = result.numbers["spaces"]["features"]
     assert result.passed, result.lines
     assert space["rows"]["held-out scans"]["flagged"] == 2  # of 40
     assert result.numbers["control"]["passed"]
+    assert result.numbers["control"]["untold"] == []
     assert abs(space["membership"]["auc"] - 0.5) < 0.2
     text = " ".join(result.lines)
     assert "no formal guarantee" in text
@@ -116,6 +118,36 @@ def test_an_audit_that_is_blind_passes_nobody():
     assert "shifted" in " ".join(result.lines)
     same = audit(changed(("unchanged",), 30), TRAIN, HELD_OUT, blind, settings=SETTINGS)
     assert same.verdict == "not passed"  # what it does find counts
+
+
+def test_few_held_out_scans_cannot_tell_copies_and_pass_nobody():
+    result = audit(persons(40, 2), TRAIN, scans(persons(2, 1), "held"), spaces(spectrum), settings=SETTINGS)
+    control = result.numbers["control"]
+    assert control["passed"]  # every kind lies nearer than the nearest of two held-out scans,
+    assert control["noticeable_share"] is not None
+    assert "noised" in control["untold"]  # which says little about the nearest of forty
+    assert "unchanged" not in control["untold"]
+    assert control["kinds"]["unchanged"]["strict_recall"] == 1
+    assert control["kinds"]["noised"]["strict_space"] is None
+    assert result.verdict == "not conclusive"
+    assert "noised) could not be told from the nearest" in result.lines[0]
+
+
+def test_more_held_out_scans_are_flagged_in_any_space_than_in_one():
+    drawn = persons(30, 2)
+    result = audit(drawn, TRAIN, HELD_OUT, spaces(spectrum), settings=AuditSettings(planted=1))
+    alone = [space["rows"]["held-out scans"]["flagged"] for space in result.numbers["spaces"].values()]
+    assert alone == [2, 2]
+    vectors = [space.vectors(TRAIN.images) for space in spaces(spectrum)]
+    nearest = [
+        pairwise(space.all_variants(HELD_OUT.images), known).min(1)
+        for space, known in zip(spaces(spectrum), vectors, strict=True)
+    ]
+    either = set().union(*(np.argsort(one)[:2].tolist() for one in nearest))
+    found = result.numbers["any_space"]["held-out scans"]
+    assert found == {"n": 40, "flagged": len(either), "share": len(either) / 40}
+    assert found["flagged"] > 2
+    assert f"at least one of 2 ways lie {len(either)} of 40 held-out scans" in " ".join(result.lines)
 
 
 def test_correlation_finds_what_a_blind_matcher_does_not():

@@ -142,6 +142,21 @@ def test_the_verdict_on_copying(content, status):
     assert verdict.text.startswith("No audit" if content is None else content["statement"])
 
 
+def test_an_audit_of_images_that_were_drawn_otherwise_is_no_measurement(tmp_path):
+    drawn = {"guidance_scale": 1.5, "num_inference_steps": 20}
+    metrics = {"model_sha256": "a", "sampling": drawn}
+    found = {"statement": "No copies.", "passed": True, "model_sha256": "a", "protocol": {"sampling": drawn}}
+    assert verdicts(metrics, found)[-1].status == MET
+    for other, said in ((drawn | {"guidance_scale": 4}, "scale 4 there, 1.5 here"), (None, "does not say how")):
+        content = found | {"protocol": {"sampling": other}, "spaces": {}}
+        verdict = verdicts(metrics, content)[-1]
+        assert verdict.status == NOT_MEASURED
+        assert said in verdict.text
+        text = page(tmp_path, metrics, content)
+        assert said in text
+        assert "Is this a copy of the training scans?" not in text
+
+
 def test_an_interval_is_judged_as_a_whole():
     assert judged((-1, 1), -1, 1) == MET
     assert judged((0, 1.1), -1, 1) == UNDECIDED

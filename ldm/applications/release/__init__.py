@@ -4,8 +4,8 @@ Nothing that is written depends on who writes it: a volume's bytes are fixed by 
 :mod:`~ldm.applications.release.claims` only save work, and every step may be done twice or again.
 """
 
-from ldm.applications.release.audit import read_audit
-from ldm.applications.release.conditions import Conditions, conditions_from
+from ldm.applications.release.audit import audit_copy, read_audit
+from ldm.applications.release.conditions import Conditions, asked_of, conditions_from
 from ldm.applications.release.evaluation import read_evaluation
 from ldm.applications.release.plan import Plan, bids_suffixes, check_model, check_volume_count
 from ldm.applications.release.work import Release, Session
@@ -15,6 +15,8 @@ __all__ = [
     "Plan",
     "Release",
     "Session",
+    "asked_of",
+    "audit_copy",
     "bids_suffixes",
     "check_model",
     "check_volume_count",

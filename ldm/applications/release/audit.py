@@ -7,31 +7,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.applications.release.conditions import check_text
+from ldm.applications.release.conditions import Conditions, asked_otherwise, check_text
 from ldm.applications.release.files import sha256
 from ldm.errors import LdmError
+from ldm.evaluation.audit import AuditSettings
+from ldm.evaluation.audit_words import NOT_LINKED
+from ldm.metrics.copies import CONFIDENCE
+from ldm.model.provenance import drawn_otherwise
 
 LIMIT = 64 << 20  # bytes of such a file
 WORDS = 4000  # characters of its statement
+GIVE_REASON = "give the reason: 'release_without_audit=\"...\"'"
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+PUBLIC = (  # what does not point to a training scan
+    "passed",
+    "verdict",
+    "statement",
+    "lines",
+    "model_sha256",
+    "n",
+    "subjects_linked",
+    "differential_privacy",
+    "control",
+    "any_space",
+    "spaces",
+    "protocol",
+)
 
 
 def read_audit(
-    path: Path | None, model_sha256: str, reason: str | None = None, sampling: Mapping[str, Any] | None = None
+    path: Path | None,
+    model_sha256: str,
+    reason: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """What a release says about the audit of its model.
 
     Args:
-        path: what ``ldm audit`` wrote: JSON with ``passed``, ``model_sha256`` and ``statement``; None for none.
+        path: what ``ldm audit`` wrote; None for none.
         model_sha256: hash of the model's tensors, from its header.
         reason: why a release goes out without a passed audit; None if it does not.
         sampling: all options that the release is drawn with; None where that does not matter.
+        conditions: what the release asks for; None where that does not matter.
 
     Returns:
-        ``passed`` (None without an audit), ``statement``, ``sha256`` of the file, ``released_without_audit``.
+        ``passed`` (None without an audit), ``statement``, ``sha256`` of the file, ``released_without_audit``; with an
+        audit also ``lines`` (all its sentences), ``facts`` (name -> words), ``weak`` (see :func:`weakness`) and
+        ``drawn_otherwise`` (in words, or None).
 
     Raises:
-        LdmError: no audit, a failed one, or one of another model, of images that nobody knows the model of, or of
-            images that were drawn otherwise; a reason where none is needed.
+        LdmError: no audit, a failed one, one that is too weak, or one of another model, of images that nobody knows the
+            model of, or of images that were drawn or asked otherwise; a reason where none is needed.
     """
     if reason is not None:
         reason = check_text(str(reason), "release_without_audit", WORDS)
@@ -41,47 +68,134 @@ def read_audit(
         if reason is None:
             raise LdmError(
                 "audit=PATH is missing: a release needs the audit.json that `ldm audit` wrote for the same model. "
-                "To release without one, give the reason: 'release_without_audit=\"...\"'."
+                f"To release without one, {GIVE_REASON}."
             )
         return {"passed": None, "statement": None, "sha256": None, "released_without_audit": reason}
-    record, drawn = _read(Path(path), model_sha256)
-    differing = None if sampling is None else drawn_otherwise(drawn, sampling)
-    if differing and reason is None:
+    content, digest = _read(Path(path), model_sha256)
+    differing = _differing(content["protocol"], sampling, conditions)
+    record = _record(content, Path(path)) | {"sha256": digest, "drawn_otherwise": differing}
+    if reason is None:
+        _expect_proof(record, Path(path))
+    elif record["passed"] and not differing and not record["weak"]:
+        raise LdmError("release_without_audit is set, but the audit passed: leave the reason out.")
+    return {**record, "released_without_audit": reason}
+
+
+def _expect_proof(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse an audit that says nothing for this release."""
+    if record["drawn_otherwise"]:
         raise LdmError(
             f"audit={path} is of images that were, or may have been, drawn otherwise than this release will be "
-            f"({differing}). Run `ldm audit` with the same sampling settings, or give the reason: "
-            "'release_without_audit=\"...\"'."
+            f"({record['drawn_otherwise']}). Run `ldm audit` with the same covariates and sampling settings, or "
+            f"{GIVE_REASON}."
         )
-    if not record["passed"] and reason is None:
+    if not record["passed"]:
         raise LdmError(f"audit={path}: the audit of this model failed: {record['statement']}")
-    if record["passed"] and not differing and reason is not None:
-        raise LdmError("release_without_audit is set, but the audit passed: leave the reason out.")
-    return {**record, "drawn_otherwise": differing, "released_without_audit": reason}
+    if record["weak"]:
+        raise LdmError(
+            f"audit={path} passed, but is too weak to release by: {record['weak']}. Run `ldm audit` with its default "
+            f"settings, or {GIVE_REASON}."
+        )
 
 
-def drawn_otherwise(measured: Any, asked: Mapping[str, Any]) -> str | None:
-    """In words how images that were measured were drawn otherwise than a release; None where they were not.
+def _differing(
+    protocol: Mapping[str, Any], sampling: Mapping[str, Any] | None, conditions: Conditions | None
+) -> str | None:
+    """In words how the images of an audit were drawn, or asked for other things, than those of a release."""
+    drawn = None if sampling is None else drawn_otherwise(protocol.get("sampling"), sampling)
+    asked = None if conditions is None else asked_otherwise(protocol.get("conditions"), conditions)
+    return "; ".join(text for text in (drawn, asked) if text) or None
+
+
+def audit_copy(path: Path | None, model_sha256: str) -> dict[str, Any] | None:
+    """What of an ``audit.json`` may be published: no pair of a synthetic image and a training scan, and no path.
 
     Args:
-        measured: the sampling options that stand beside the measurement; None where none do.
-        asked: those of the release.
+        path: of the file; None for none.
+        model_sha256: hash of the model's tensors, from its header.
     """
-    if not isinstance(measured, Mapping):
-        return "it does not say how they were"
-    asked = json.loads(json.dumps(asked))
-    names = [name for name in asked if measured.get(name) != asked[name]]
-    return "; ".join(f"{name} {measured.get(name)} there, {asked[name]} here" for name in names) or None
+    if path is None:
+        return None
+    content, _ = _read(Path(path), model_sha256)
+    public = {name: content[name] for name in PUBLIC if name in content}
+    public["protocol"] = {name: value for name, value in public["protocol"].items() if name != "synthetic"}
+    return json.loads(json.dumps(public), parse_constant=lambda _: None)  # what is not finite is no JSON for others
 
 
-def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """What is said of an audit, and the sampling options of its images."""
+def weakness(content: Mapping[str, Any]) -> str | None:
+    """In words what an audit lacks of the settings that it has by default; None where it lacks nothing.
+
+    Args:
+        content: of ``audit.json``.
+    """
+    protocol, control, least = content["protocol"], content["control"], AuditSettings()
+    rate = max(protocol["rate"], *(space["rate"] for space in content["spaces"].values()))
+    planted = min(row["n"] for row in control["kinds"].values())
+    alpha, recall = protocol["alpha"], protocol["recall"]
+    found = [
+        (
+            rate > least.rate + 1e-9,
+            f"{rate:.1%} of unrelated scans may lie below a threshold, legal: up to {least.rate:.0%}",
+        ),
+        (alpha < least.alpha, f"alpha is {alpha:g}, legal: {least.alpha:g} or more"),
+        (recall < least.recall, f"recall is {recall:g}, legal: {least.recall:g} or more"),
+        (planted < least.planted, f"{planted} copies of a kind were planted, legal: {least.planted} or more"),
+        (control.get("untold") != [], "it does not say that all planted copies can be told from unrelated scans"),
+    ]
+    return "; ".join(text for lacks, text in found if lacks) or None
+
+
+def _record(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a release says of an audit that was read."""
+    try:
+        record = {
+            "passed": content["passed"],
+            "statement": " ".join(content["statement"].split()),
+            "lines": [" ".join(line.split()) for line in content["lines"]],
+            "facts": _facts(content),
+            "weak": weakness(content),
+        }
+    except MALFORMED as error:
+        raise LdmError(f"audit={path} is not as `ldm audit` writes it ({error!r}).") from error
+    for text in (record["statement"], *record["lines"], *record["facts"].values()):
+        check_text(text, f"audit={path}: statement", WORDS)
+    return record
+
+
+def _facts(content: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers of an audit for a reader: how many images, which copies it finds, how many may have been missed."""
+    n, kinds = content["n"], content["control"]["kinds"]
+    found = [f"{kind} {row['recall']:.0%} of {row['n']}" for kind, row in kinds.items()]
+    told = [f"{kind} {row['strict_recall']:.0%}" for kind, row in kinds.items() if "strict_recall" in row]
+    return {
+        "images": f"{n['synthetic']} synthetic; training: {_scans(n['train'])}; held out: {_scans(n['held_out'])}",
+        "planted copies that were found": ", ".join(found),
+        "planted copies that were told as outright ones": ", ".join(told) or "not known",
+        "outright copies": _outright(content["spaces"]),
+        "subjects": "scans of one person are known as such" if content["subjects_linked"] else NOT_LINKED,
+    }
+
+
+def _outright(spaces: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many synthetic images are outright copies, and how many of many more may be."""
+    copies = {name: space["copies"] for name, space in spaces.items() if space["copies"]["usable"]}
+    each = [
+        f"{one['count']} by {name}, of many images at most {one['share_at_most']:.2%}" for name, one in copies.items()
+    ]
+    return f"{'; '.join(each)} ({CONFIDENCE:.0%} confidence, rule of three)" if each else "cannot be told in any way"
+
+
+def _scans(one: Mapping[str, int]) -> str:
+    return f"{one['scans']} scans of {one['subjects']} subjects"
+
+
+def _read(path: Path, model_sha256: str) -> tuple[dict[str, Any], str]:
+    """What an audit file holds, and its hash."""
     content, digest = read_record(path, "audit", "ldm audit", model_sha256)
-    for key, kind in {"passed": bool, "statement": str}.items():
+    for key, kind in {"passed": bool, "statement": str, "lines": list, "protocol": dict}.items():
         if not isinstance(content.get(key), kind):
             raise LdmError(f"audit={path}: '{key}' is missing or no {kind.__name__}; it is no audit.json.")
-    statement = check_text(" ".join(content["statement"].split()), f"audit={path}: statement", WORDS)
-    drawn = content.get("protocol", {}).get("sampling")
-    return {"passed": content["passed"], "statement": statement, "sha256": digest}, drawn
+    return content, digest
 
 
 def read_record(path: Path, key: str, verb: str, model_sha256: str) -> tuple[dict[str, Any], str]:

@@ -16,6 +16,7 @@ from ldm.applications.release.files import sha256
 from ldm.data.schema import Covariate, CovariateSchema
 from ldm.data.table import SEPARATORS, expect_no_misspelt_column, read_table
 from ldm.errors import LdmError
+from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,63 @@ class Conditions:
 
     def sha256(self, n: int) -> str:
         """Hash of what the first ``n`` volumes are asked for."""
-        return sha256(json.dumps([self.at(i) for i in range(n)], sort_keys=True, allow_nan=False).encode())
+        return rows_sha256([self.at(i) for i in range(n)])
+
+
+def rows_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of what images are asked for, in their order; of canonical rows."""
+    return sha256(json.dumps(list(rows), sort_keys=True, allow_nan=False).encode())
+
+
+def asked_of(images: Mapping[str, Any], model: Generative | None) -> dict[str, Any] | None:
+    """What the images of a folder were asked for, in the words of a release.
+
+    Args:
+        images: what the folder says of itself, see :func:`ldm.model.provenance.read_provenance`.
+        model: that drew them; None if it is not at hand.
+
+    Returns:
+        ``source`` (see :class:`Conditions`), ``n`` images, ``sha256`` of their rows, and the names of ``inputs`` that
+        they were given beside covariates. None where the folder does not say, or no model tells what its rows mean.
+    """
+    if "conditions" in images:  # a release
+        return {**images["conditions"], "n": images.get("n"), "inputs": []}
+    rows = images.get("rows")
+    if model is None or not rows:
+        return None
+    inputs = sorted(images.get("inputs", {}))
+    source = TABLE
+    if not inputs and rows == json.loads(json.dumps(model.covariate_rows(None, len(rows), images.get("seed", 0)))):
+        source = DRAWN if len(model.schema) and model.distribution is not None else NONE
+    digest = rows_sha256([_told(model.schema, row) for row in rows])
+    return {"source": source, "n": len(rows), "sha256": digest, "inputs": inputs}
+
+
+def asked_otherwise(measured: Any, conditions: Conditions) -> str | None:
+    """In words how images that were measured were asked for other things than those of a release; None if not.
+
+    Draws from the training distribution are alike whatever the seed. Rows of a table or a grid have to be the first
+    ones of the release, as many as there are images.
+
+    Args:
+        measured: as :func:`asked_of` gives it; None where nobody knows.
+        conditions: of the release.
+    """
+    if not isinstance(measured, Mapping):
+        return "it does not say what they were asked for"
+    if measured.get("inputs"):
+        return f"they were given {', '.join(map(str, measured['inputs']))}, which a release gives none"
+    drawn = measured.get("source") in (DRAWN, NONE) or conditions.source in (DRAWN, NONE)
+    n = measured.get("n")
+    if drawn and measured.get("source") != conditions.source:
+        return f"asked for {_words(measured.get('source'))} there, {_words(conditions.source)} here"
+    if not drawn and (not isinstance(n, int) or measured.get("sha256") != conditions.sha256(n)):
+        return f"the {n} images were not asked for what the first {n} of the release are"
+    return None
+
+
+def _words(source: Any) -> str:
+    return {DRAWN: "draws from the training distribution", NONE: "nothing"}.get(source, "covariates that were given")
 
 
 def conditions_from(asked: Any, model: LatentDiffusionModel, n: int | None, batch_size: int, seed: int) -> Conditions:
@@ -113,6 +170,17 @@ def canonical(schema: CovariateSchema, row: Mapping[str, Any]) -> dict[str, Any]
     """
     for name in row:
         schema[name]
+    told = _told(schema, row)
+    for name, value in told.items():
+        covariate = schema[name]
+        if covariate.kind != "categorical" and abs(covariate.encode(value)) > ABSURD:
+            low, high = covariate.range
+            raise LdmError(f"covariate '{name}': {value:g} is absurd; the model knows {low:g} to {high:g}.")
+    return told
+
+
+def _told(schema: CovariateSchema, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is told by a row: finite floats and the schema's own levels, in schema order."""
     given = [covariate for covariate in schema if row.get(covariate.name) is not None]
     return {covariate.name: _value(covariate, row[covariate.name]) for covariate in given}
 
@@ -120,11 +188,7 @@ def canonical(schema: CovariateSchema, row: Mapping[str, Any]) -> dict[str, Any]
 def _value(covariate: Covariate, value: Any) -> float | str:
     if covariate.kind == "categorical":
         return covariate.levels[covariate.level_index(value)]
-    number = covariate.number(value)
-    if abs(covariate.encode(number)) > ABSURD:
-        low, high = covariate.range
-        raise LdmError(f"covariate '{covariate.name}': {number:g} is absurd; the model knows {low:g} to {high:g}.")
-    return number
+    return covariate.number(value)
 
 
 def _warn_of_extrapolation(schema: CovariateSchema, rows: Sequence[Mapping[str, Any]]) -> None:

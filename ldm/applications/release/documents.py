@@ -132,7 +132,7 @@ License: {plan.license}
 
 def audit_statement(plan: Plan) -> str:
     """What is known about memorisation, or why nothing is, in one paragraph."""
-    audit = plan.audit
+    audit, differing = plan.audit, plan.audit.get("drawn_otherwise")
     if audit["passed"] is None:
         return f"The model was NOT audited for memorisation. Reason given: {audit['released_without_audit']}"
     if not audit["passed"]:
@@ -140,13 +140,28 @@ def audit_statement(plan: Plan) -> str:
             f"The model FAILED its audit for memorisation: {audit['statement']} It was released all the same. Reason "
             f"given: {audit['released_without_audit']}"
         )
-    if audit.get("drawn_otherwise"):
+    limits = [
+        *([f"on images that were, or may have been, drawn otherwise ({differing})"] if differing else []),
+        *([f"it is too weak to release by ({audit['weak']})"] if audit.get("weak") else []),
+    ]
+    if limits:
         return (
-            f"The audit of the model for memorisation passed ({audit['statement']}), but on images that were, or may "
-            f"have been, drawn otherwise ({audit['drawn_otherwise']}). It was released all the same. Reason given: "
-            f"{audit['released_without_audit']}"
+            f"The audit of the model for memorisation passed ({audit['statement']}), but {' and '.join(limits)}. It "
+            f"was released all the same. Reason given: {audit['released_without_audit']}"
         )
     return f"Audit of the model for memorisation, passed: {audit['statement']}"
+
+
+def _audit_facts(plan: Plan) -> str:
+    """A list of an audit's numbers; nothing without one."""
+    facts = plan.audit.get("facts")
+    return f"\n{_list(facts)}\n" if facts else ""
+
+
+def _audit_lines(plan: Plan) -> str:
+    """All that an audit says, after its statement; nothing without one."""
+    lines = [f"* {line}\n" for line in plan.audit.get("lines", ()) if line != plan.audit["statement"]]
+    return "\nIn the words of the audit:\n\n" + "".join(lines) if lines else ""
 
 
 # of the whole release --------------------------------------------------------------------------------
@@ -168,6 +183,7 @@ def root_documents(
         "README.md": _readme(plan, n, shards),
         "model_card.md": _model_card(plan, n),
         "provenance.json": as_json(_provenance(plan, n, environments)),
+        **({} if plan.audit_copy is None else {"audit.json": as_json(plan.audit_copy)}),
         "shards.tsv": as_tsv(columns, [[shard[column] for column in columns] for shard in shards]),
         **license_file(plan),
     }
@@ -185,15 +201,25 @@ unique in the whole release.
 * `shards.tsv`: which participants are in which shard
 * `model_card.md`: what drew the images, what it was trained on, what they are for
 * `provenance.json`, and `provenance.tsv` of every shard: model, settings, seed and number of every volume
-* `sessions/`: when and how fast it was made; the only files without a checksum
+{_about_audit(plan)}* `sessions/`: when and how fast it was made; the only files without a checksum
 * `SHA256SUMS`: of the files here and of the checksums of every shard. To verify everything:
 
 ```
 sha256sum --check SHA256SUMS && for s in shard-*; do (cd $s && sha256sum --check --quiet SHA256SUMS) || break; done
 ```
 
+## Copies of training scans
+
+{audit_statement(plan)}
+{_audit_facts(plan)}
 License: {plan.license}
 """.encode()
+
+
+def _about_audit(plan: Plan) -> str:
+    if plan.audit_copy is None:
+        return ""
+    return "* `audit.json`: how copies of training scans were looked for, and what was found; of no scan by itself\n"
 
 
 def _model_card(plan: Plan, n: int) -> bytes:
@@ -222,7 +248,7 @@ Metrics from the model file, as its training measured them:
 {PRIVACY}
 
 {audit_statement(plan)}
-
+{_audit_facts(plan)}{_audit_lines(plan)}
 {USE}""".encode()
 
 

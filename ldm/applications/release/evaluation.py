@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm.applications.release.audit import WORDS, drawn_otherwise, read_record
+from ldm.applications.release.audit import WORDS, read_record
 from ldm.applications.release.conditions import check_text
 from ldm.errors import LdmError
 from ldm.evaluation.distances import BETTER
 from ldm.evaluation.goals import generated_row, verdicts
 from ldm.evaluation.masks import OF_HELD_OUT, OF_SAMPLES
 from ldm.evaluation.pages import METRICS
+from ldm.model.provenance import drawn_otherwise
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 AGREEMENT = {"accuracy": "share of levels", "r": "r", "slope": "slope", "mae": "mean error"}

@@ -53,6 +53,7 @@ class Plan:
         precision: ``auto``, ``bf16`` or ``float32``.
         options: sampling options that differ from the model's defaults.
         license_text: for the files ``LICENSE``; None for none.
+        audit_copy: of :func:`ldm.applications.release.audit.audit_copy`, for the file ``audit.json``; None for none.
 
     Raises:
         LdmError: a number out of range, an illegal option, a text that is refused, or a model that cannot be released.
@@ -71,6 +72,7 @@ class Plan:
     options: Mapping[str, Any] | None = None
     license_text: str | None = None
     evaluation: Mapping[str, Any] | None = None
+    audit_copy: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "shard_size"):

@@ -53,13 +53,15 @@ class Shard:
         paths = sorted(self.receipts.glob("*.json"))
         receipts = {row["file"]: row for path in paths for row in json_or(path, [])}
         # The table is read last: who seals the shard meanwhile writes it before the receipts go.
-        return {row["file"]: _typed(row) for row in read_tsv(self.folder / documents.VOLUMES)} | receipts
+        table = [_typed(row) for row in read_tsv(self.folder / documents.VOLUMES)]
+        return {row["file"]: row for row in table if row is not None} | receipts
 
     def is_sealed(self) -> bool:
         """Whether it is whole, with as many volumes as it is to have."""
         if not (self.folder / SUMS).is_file():
             return False
-        return len({row["index"] for row in read_tsv(self.folder / documents.VOLUMES)}) == self.stop - self.start
+        table = [_typed(row) for row in read_tsv(self.folder / documents.VOLUMES)]
+        return None not in table and len({row["index"] for row in table}) == self.stop - self.start
 
     def has(self, known: Mapping[str, Volume], file: str) -> bool:
         """Whether a volume is known and lies there with its size; checksums are compared when the shard is sealed."""
@@ -70,12 +72,19 @@ class Shard:
 
 
 def json_or(path: Path, default: Any) -> Any:
-    """What a JSON file holds, or ``default`` where there is none."""
+    """What a JSON file holds, or ``default`` where there is none, or one that is damaged or of another kind."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return default
+    return content if isinstance(content, type(default)) else default
 
 
-def _typed(row: Mapping[str, str]) -> Volume:
-    return {**row, **{name: int(row[name]) for name in ("index", "seed", "bytes")}}
+def _typed(row: Mapping[str, str]) -> Volume | None:
+    """A row of a table of volumes; None for one that is damaged."""
+    if set(row) != set(documents.COLUMNS) or None in row.values():
+        return None
+    try:
+        return {**row, **{name: int(row[name]) for name in ("index", "seed", "bytes")}}
+    except ValueError:
+        return None

@@ -280,17 +280,17 @@ class Release:
         if not all(shard.has(known, file) for file in files) or not self.claims.take(claim):
             return
         try:
-            if not shard.is_sealed() and self._is_sound(shard, {file: known[file]["sha256"] for file in files}):
+            if not shard.is_sealed() and self._is_sound(shard.folder, {file: known[file]["sha256"] for file in files}):
                 self._write_tables(shard, [known[file] for file in files])
         finally:
             self.claims.release(claim)
 
-    def _is_sound(self, shard: Shard, digests: Mapping[str, str]) -> bool:
+    def _is_sound(self, folder: Path, digests: Mapping[str, str]) -> bool:
         """Whether files have their checksums; one that has not is removed, which makes it one to be made."""
-        damaged = [file for file, digest in digests.items() if file_sha256(shard.folder / file) != digest]
+        damaged = [file for file, digest in digests.items() if file_sha256(folder / file) != digest]
         for file in damaged:
-            logger.warning("%s/%s is damaged and is made again.", shard.name, file)
-            (shard.folder / file).unlink(missing_ok=True)
+            logger.warning("%s is damaged and is made again.", folder / file)
+            (folder / file).unlink(missing_ok=True)
         return not damaged
 
     def _write_tables(self, shard: Shard, volumes: Sequence[Volume]) -> None:
@@ -312,10 +312,12 @@ class Release:
             logger.warning("%s is complete, and another process is verifying it.", self.out)
             return
         root = read_sums(self.out / SUMS) or {}
-        sound = bool(root) and all(file_sha256(self.out / name) == digest for name, digest in root.items())
+        root.pop(RELEASE, None)  # it had its checksum a moment ago; who makes the release grow may write it now
+        sound = bool(root) and self._is_sound(self.out, root)
         for shard in self.shards:
             digests = read_sums(shard.folder / SUMS) or {}
-            if not digests or not self._is_sound(shard, digests):
+            if not digests or not self._is_sound(shard.folder, digests):
+                self._keep_known(shard, digests)
                 (shard.folder / SUMS).unlink(missing_ok=True)
                 sound = False
             else:
@@ -324,6 +326,22 @@ class Release:
         if not sound:
             (self.out / SUMS).unlink(missing_ok=True)
         self.claims.release("verify")
+
+    def _keep_known(self, shard: Shard, digests: Mapping[str, str]) -> None:
+        """Leave a receipt of the volumes of a shard whose table is gone, so that these need not be made again.
+
+        Where volumes of several environments are in the release, only the table knew which was made where.
+        """
+        made = list(self._environments())
+        if (shard.folder / documents.VOLUMES).is_file() or len(made) > 1:
+            return
+        rows = []
+        for index in range(shard.start, shard.stop):
+            for file in (file for file in self._files(index) if file in digests and (shard.folder / file).is_file()):
+                size = (shard.folder / file).stat().st_size
+                row = (sample_name(index), index, self.plan.seed, file, size, digests[file], made[0])
+                rows.append(dict(zip(documents.COLUMNS, row, strict=True)))
+        self._write(shard.receipts / "kept.json", as_json(rows))
 
     def _finish(self) -> None:
         """Write what describes the whole release, its checksums last, and remove what only the work needed."""
@@ -356,8 +374,12 @@ class Release:
         }
 
     def _environments(self) -> dict[str, Any]:
-        """Where volumes were made: as workers left it, and, of a release that grew, as it was known before."""
-        before = json_or(self.out / "provenance.json", {}).get("environments", {})
+        """Where volumes were made: as workers left it, and, of a release that grew, as it was known before.
+
+        Where that is lost, because ``provenance.json`` was damaged, ``release.json`` still has where it was begun.
+        """
+        begun = json_or(self.out / RELEASE, {}).get("environment", {})
+        before = json_or(self.out / "provenance.json", {}).get("environments", {environment_id(begun): begun})
         folder = self.out / WORK / "environments"
         return before | {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
