@@ -455,7 +455,7 @@ def test_an_evaluation_gives_what_was_measured_of_samples(tmp_path, model):
     card = (tmp_path / "out/model_card.md").read_text()
     for said in ("* Do generated images look like real ones? Met. ", "* age: r: 0.8 (0.7 to 0.9); 0.8 (0.7 to 0.9)"):
         assert said in card
-    assert "known to be worse better than real ones: recall." in card
+    assert "known to be worse below real ones: recall." in card
     for unsaid in ("seeds", "bandwidth", "blurred:", "goals"):
         assert unsaid not in card
 

@@ -263,7 +263,7 @@ def _evaluation(plan: Plan) -> str:
         text += f"\n\nOf its samples; and the same of real held-out images (95 % intervals):\n\n{_list(rows)}"
     if found["untrusted"]:
         names = ", ".join(found["untrusted"])
-        text += f"\n\nLeft out, as they call images that are known to be worse better than real ones: {names}."
+        text += f"\n\nLeft out, as they do not rank images that are known to be worse below real ones: {names}."
     return text
 
 

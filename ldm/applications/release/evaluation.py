@@ -35,7 +35,7 @@ def read_evaluation(
     Returns:
         ``sha256`` of the file; ``verdicts``: each a ``goal``, its ``status`` and a ``text``; ``measured``: name ->
         ``samples`` and ``real`` (held-out images), each ``value`` and ``interval`` (95 %, or None); ``untrusted``:
-        metrics that are left out, as they call images that are known to be worse better than real ones.
+        metrics that are left out, as they do not rank images that are known to be worse below real ones.
 
     Raises:
         LdmError: no such file, one of another model, of samples that were drawn otherwise, or not written by the verb.
