@@ -7,8 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from ldm.commands import target
 from ldm.commands.main import conf_dir
 from ldm.commands.segment import cohort_records, find_source
+from ldm.commands.target import unnamed_values
 from ldm.data.checks import check_cohort
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
@@ -27,7 +29,8 @@ def peer(tmp_path):
     config = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [8, 16], "num_res_units": 1}
     recipe = Preprocessing(2, None, None, (8, 8), (1, 1), channels=("T1",), reference=Geometry.plan((8, 8)))
     classes = LabelClasses.from_config({"tumour": 1})
-    Segmenter(build_segmenter(config), config, classes, recipe, facts={"split_sha256": "s"}).save(tmp_path / "peer")
+    facts = {"split_sha256": "s", "unnamed": [3]}
+    Segmenter(build_segmenter(config), config, classes, recipe, facts=facts).save(tmp_path / "peer")
     return tmp_path / "peer"
 
 
@@ -39,6 +42,26 @@ def test_what_stands_beside_is_looked_for_first(ldm, tmp_path, peer, beside):
     assert code
     assert f"beside.{beside.partition(':')[0]}" in text
     assert not (tmp_path / "out/volumes.tsv").exists()
+
+
+def test_label_values_that_a_network_was_not_told_of_are_refused(ldm, tmp_path, peer):
+    """As a diffusion model refuses them; those that were background in training are background."""
+    given = (f"model={peer}", "images=a.npy", "evaluate=true", "out=out")
+    np.save(tmp_path / "a.npy", 3 * np.eye(8, dtype=np.uint8))
+    for value, refused in ((9, True), (3, False)):
+        np.save(tmp_path / f"{value}.npy", value * np.eye(8, dtype=np.uint8))
+        code, text = ldm("segment", *given, f"labels={value}.npy")
+        assert bool(code) == refused, text
+        message = "label value(s) 9 are unknown; legal: 0 background, 1 tumour; background too: 3."
+        assert (message in text) == refused
+
+
+def test_values_that_no_class_names_are_told_of(monkeypatch):
+    told, labels = [], SimpleNamespace(label_values=lambda: {0, 1, 3})
+    monkeypatch.setattr(target.logger, "warning", lambda message, *words: told.append(message % words))
+    datamodule = SimpleNamespace(dataset={"all": labels}.__getitem__)
+    assert unnamed_values(LabelClasses.from_config({"tumour": 1}), datamodule) == [3]
+    assert told == ["data.label_names names tumour; other values of the label maps are background: 3."]
 
 
 def test_a_network_runs_where_a_diffusion_model_would(peer, monkeypatch):
