@@ -29,7 +29,7 @@ from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
 from ldm.data.augmentation import Augmentation
-from ldm.data.draft import Record
+from ldm.data.draft import SAFE_NAMES, Record, is_safe_name
 from ldm.data.stored import split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
@@ -153,7 +153,8 @@ def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
     """The subjects of ``images``, named by the table's participant_id, or numbered.
 
     Raises:
-        LdmError: a template without a table, a table or ``labels`` of another number, or a name twice.
+        LdmError: a template without a table, a table or ``labels`` of another number, or a name that is not safe as a
+            file name.
     """
     table = asked_table(config.table, "table")
     values = _as_list(filled("images", plain(config.images), table, "table"))
@@ -167,6 +168,9 @@ def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
         if len(given) != len(values):
             raise LdmError(f"{name} has {len(given)} entries for {len(values)} subjects of images; legal: one each.")
     names = [row.get("participant_id") or sample_name(index) for index, row in enumerate(rows)]
+    for name in names:
+        if not is_safe_name(name):
+            raise LdmError(f"{config.table}: participant_id '{name}' is not safe as a file name; use {SAFE_NAMES}.")
     return [
         Record(name, row.get("subject") or name, _images(value, source), truth, {}, "test", name)
         for name, row, value, truth in zip(names, rows, values, labels, strict=True)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from ldm.applications.stacking import named_stacks
 from ldm.commands import target
 from ldm.commands.main import conf_dir
 from ldm.commands.segment import cohort_records, find_source
 from ldm.commands.target import unnamed_values
 from ldm.data.checks import check_cohort
+from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
@@ -62,6 +64,19 @@ def test_values_that_no_class_names_are_told_of(monkeypatch):
     datamodule = SimpleNamespace(dataset={"all": labels}.__getitem__)
     assert unnamed_values(LabelClasses.from_config({"tumour": 1}), datamodule) == [3]
     assert told == ["data.label_names names tumour; other values of the label maps are background: 3."]
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "/tmp/x"])
+def test_no_name_leads_out_of_the_folder(ldm, tmp_path, peer, name):
+    np.save(tmp_path / "a.npy", np.eye(8, dtype=np.uint8))
+    (tmp_path / "table.tsv").write_text(f"participant_id\tfile\n{name}\ta.npy\n")
+    before = set(tmp_path.rglob("*"))
+    code, text = ldm("segment", f"model={peer}", "images={T1: '{file}'}", "table=table.tsv", "out=out/deep")
+    assert code
+    assert f"table.tsv: participant_id '{name}' is not safe as a file name; use letters, digits" in text
+    assert not [path for path in set(tmp_path.rglob("*")) - before if path.name.endswith((".png", ".npz"))]
+    cut = Record("sub-1", name, {"T1": "a.nii.gz::axial[3]"}, None, {}, "test")
+    assert list(named_stacks([cut])) == ["sub-1"]  # by the subject, where that is a name of a file
 
 
 def test_a_network_runs_where_a_diffusion_model_would(peer, monkeypatch):
