@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
+from ldm.errors import LdmError
 from ldm.model.segmenter import Segmenter, build_segmenter
 
 
@@ -77,6 +79,60 @@ def test_no_name_leads_out_of_the_folder(ldm, tmp_path, peer, name):
     assert not [path for path in set(tmp_path.rglob("*")) - before if path.name.endswith((".png", ".npz"))]
     cut = Record("sub-1", name, {"T1": "a.nii.gz::axial[3]"}, None, {}, "test")
     assert list(named_stacks([cut])) == ["sub-1"]  # by the subject, where that is a name of a file
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """Stored from head to feet; the lowest of its five slices is empty."""
+    array = np.random.default_rng(0).integers(1, 99, (8, 8, 5)).astype(np.int16)
+    array[..., 4] = 0
+    nib.save(nib.Nifti1Image(array, np.diag([1.0, 1, -2, 1])), tmp_path / "a.nii.gz")
+    return tmp_path / "a.nii.gz"
+
+
+def test_a_model_of_slices_takes_a_volume(ldm, tmp_path, peer, volume):
+    (tmp_path / "table.tsv").write_text("participant_id\nsub-a\n")
+    request = ("segment", f"model={peer}", "images={T1: a.nii.gz}", "table=table.tsv")
+    code, text = ldm(*request, "slices={plane: axial, range: [2, 4]}", "out=some")
+    assert not code, text
+    assert sorted(path.name for path in (tmp_path / "some").glob("*_dseg.png")) == [
+        "sub-a_axial002_dseg.png",
+        "sub-a_axial003_dseg.png",
+    ]
+    stacked = nib.load(tmp_path / "some/stacked/sub-a_mean.nii.gz")
+    np.testing.assert_allclose(stacked.affine, nib.load(volume).affine)
+    known = ~np.isnan(np.asarray(stacked.dataobj)).reshape(8, 8, 5).all((0, 1))
+    assert known.tolist() == [False, True, True, False, False]  # stored from head to feet
+    code, text = ldm(*request, "slices={plane: axial}", "out=all")
+    assert not code, text
+    assert len(list((tmp_path / "all").glob("*_dseg.png"))) == 4  # all but the empty one
+    code, text = ldm(*request, "out=refused")
+    assert code
+    assert "is a volume, and this model is of 2-D images. Set slices={plane: axial, range: [80, 128]}" in text
+    assert "or name a slice, 'a.nii.gz::axial[80]'" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("slices={plane: axil}",), "slices.plane is 'axil'. Did you mean 'axial'?"),
+        (("slices={range: [3, 3]}",), "slices.range is [3, 3], step 1; legal"),
+        (("images='a.nii.gz::axial[2]'", "slices={range: [1, 3]}"), "has a selector already; leave out slices"),
+        (("images=a.npy", "slices={range: [1, 3]}"), "a.npy is no NIfTI volume"),
+        (("images=null", "slices={range: [1, 3]}"), "slices goes with images (of the cohort: data.slices)"),
+    ],
+)
+def test_illegal_slices(ldm, peer, volume, arguments, message):
+    code, text = ldm("segment", f"model={peer}", "images=a.nii.gz", "out=refused", *arguments)
+    assert code
+    assert message in text
+
+
+def test_a_volume_is_no_image_of_a_2d_model(peer, volume):
+    """As ``ldm detect`` meets it in a folder."""
+    record = Record("a", "a", {"T1": str(volume)}, None, {}, "test")
+    with pytest.raises(LdmError, match=r"a.nii.gz: has 3 spatial axes, .* Select a slice with '::axial\[k\]'"):
+        Segmenter.load(peer).preprocessing.load(record)
 
 
 def test_a_network_runs_where_a_diffusion_model_would(peer, monkeypatch):
