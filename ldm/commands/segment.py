@@ -28,11 +28,10 @@ from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
-from ldm.data import images
 from ldm.data.augmentation import Augmentation
 from ldm.data.draft import SAFE_NAMES, Record, is_safe_name
 from ldm.data.slices import complete_slices, sliced
-from ldm.data.stacks import told_slices
+from ldm.data.stacks import is_volume, told_slices
 from ldm.data.stored import NIFTI_SUFFIXES, split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
@@ -192,8 +191,8 @@ def asked_slices(config: DictConfig, records: Sequence[Record], spatial_dims: in
             that are none or select something already, or without any slice that shows something.
     """
     if config.slices is None:
-        for record in records if spatial_dims == 2 else ():
-            _expect_no_volume(record)
+        if spatial_dims == 2:
+            gather(records, _expect_no_volume)
         return list(records)
     if spatial_dims != 2:
         raise LdmError("slices is for models of 2-D images, and this one is of volumes; leave it out.")
@@ -219,12 +218,10 @@ def _slice_numbers(record: Record, slices: Mapping[str, Any]) -> Sequence[int]:
 
 def _expect_no_volume(record: Record) -> None:
     for ref in record.images.values():
-        path, selector = split_reference(ref)
-        whole = selector is None and path.name.lower().endswith(NIFTI_SUFFIXES)
-        if whole and len(images.read_header(ref, spatial_dims=2).shape) == 4:  # (C, *S); a file of one slice is 2-D
+        if is_volume(ref):
             raise LdmError(
-                f"'{record.id}': {ref} is a volume, and this model is of 2-D images. Set slices={{plane: axial, "
-                f"range: [80, 128]}}, without a range for all its slices, or name a slice, '{ref}::axial[80]'."
+                f"{ref} is a volume, and this model is of 2-D images. Set slices={{plane: axial, range: [80, 128]}}, "
+                f"without a range for all its slices, or name a slice, '{ref}::axial[80]'."
             )
 
 

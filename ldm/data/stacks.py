@@ -72,6 +72,17 @@ def put_back(
     return in_space(stored, header.affine, code, labels)
 
 
+def is_volume(ref: str) -> bool:
+    """Whether a reference is to a whole NIfTI file of several slices, of which each could be a 2-D image.
+
+    Raises:
+        LdmError: the file cannot be read.
+    """
+    path, selector = split_reference(ref)
+    whole = selector is None and path.name.lower().endswith(NIFTI_SUFFIXES)
+    return whole and 1 not in read_header(path).shape[1:]
+
+
 def told_slices(path: Path, plane: str) -> list[int]:
     """Numbers of the slices of a volume that show something: in the others every voxel is the same.
 
