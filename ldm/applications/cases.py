@@ -15,6 +15,7 @@ from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import Covariate
+from ldm.data.stacks import is_volume
 from ldm.data.stored import NIFTI_SUFFIXES, SUFFIXES
 from ldm.data.table import read_table
 from ldm.errors import LdmError, nearest
@@ -162,9 +163,12 @@ def folder_records(
         out: of results; where it lies below one of the folders, what is in it are no images and no masks.
 
     Raises:
-        LdmError: no image, a case without one of the sequences, a case without mask, or one that the table lacks.
+        LdmError: no image, a volume for a model of 2-D images, a case without one of the sequences, a case without
+            mask, or one that the table lacks.
     """
     files = _channel_files(folder, preprocessing, out)
+    if preprocessing.spatial_dims == 2:
+        _expect_no_volumes(folder, [path for channels in files.values() for path in channels.values()])
     names = sorted(files)
     labels = {} if masks is None else _mask_files(masks, names, out)
     rows = {} if table is None else _rows(table, names)
@@ -183,6 +187,17 @@ def folder_records(
         if mask is not None:
             preprocessing.load_labels(records[-1])  # refuses one of another shape before anything is computed
     return records
+
+
+def _expect_no_volumes(folder: Path, files: Sequence[Path]) -> None:
+    volumes = [path for path in files if is_volume(str(path))]
+    if volumes:
+        path = volumes[0]
+        raise LdmError(
+            f"images={folder}: {path.name} is a volume, as {len(volumes)} of {len(files)} files there are, and this "
+            "model is of 2-D images. Write the slices to look at as files, in Python: from ldm.data.images import "
+            f'read, write; write("{_stem(path)}_axial080.npy", read("{path}::axial[80]").array).'
+        )
 
 
 def _diseased(target: Covariate, healthy: str) -> str:

@@ -184,6 +184,7 @@ def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channe
             "error": float(np.abs(case.image - found.round_trip).mean()),
             "unguided": float(map_of(found, options, "round_trip").mean()),
             "guided": float(anomaly.mean()),
+            "change_p99": float(np.percentile(anomaly_map(found.round_trip[None], found.healthy[None], options), 99)),
         }
     return Seen(case.record, case.mask, case.diseased, maps, sanity)
 

@@ -11,7 +11,7 @@ from ldm.applications.anomaly import DetectionOptions, image_scores
 from ldm.applications.cases import IMAGE
 from ldm.applications.detection import Seen
 from ldm.applications.tuning import reference_of
-from ldm.metrics.detection import detection_metrics
+from ldm.metrics.detection import detection_statistics, paired_differences, values_of
 from ldm.metrics.segmentation import mean_of_patients
 
 #: what methods are called in the table
@@ -27,6 +27,14 @@ COLUMNS = (
     ("false_positive_voxels", "false voxels"),
     ("false_positive_images", "false images"),
 )
+SANITY = {
+    "round_trip_mae": "error of the round trip",
+    "healthy_map_unguided": "map of healthy images, unguided",
+    "healthy_map_guided": "map of healthy images, guided",
+    "healthy_change": "change of that map by guidance",
+    "healthy_change_p99": "change of healthy images by guidance, 99th percentile of each",
+    "diseased_map_guided": "map of diseased images, guided",
+}
 
 
 def evaluate(
@@ -36,7 +44,9 @@ def evaluate(
     resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Numbers of every method with their intervals over patients, and the two sanity numbers.
+    """Numbers of every method, what the guide is better by than each of the others, and the sanity numbers.
+
+    All with intervals over patients; for ``differences`` see `ldm.metrics.detection.paired_differences`.
 
     Args:
         seen: images of which the truth is known.
@@ -47,16 +57,23 @@ def evaluate(
     Raises:
         LdmError: the truth is not known of all, or is the same for all.
     """
-    reference, methods = reference_of(seen), {}
+    reference, statistics = reference_of(seen), {}
     for name in seen[0].maps:
         maps = np.stack([one.maps[name] for one in seen])  # (N, *S) of one method at a time
         scores = image_scores(maps, options)
-        methods[name] = detection_metrics(maps, scores, reference, thresholds.get(name), resamples, seed)
+        statistics[name] = detection_statistics(maps, scores, reference, thresholds.get(name))
+    methods = {name: values_of(one, reference, resamples, seed) for name, one in statistics.items()}
+    ours = statistics[options.guide]
     return {
         "images": {"healthy": int((~reference.diseased).sum()), "diseased": int(reference.diseased.sum())},
         "patients": len(set(reference.subjects)),
         "thresholds": {name: thresholds.get(name) for name in methods},
         "methods": methods,
+        "differences": {
+            name: paired_differences(ours, one, reference, resamples, seed)
+            for name, one in statistics.items()
+            if name != options.guide
+        },
         "sanity": sanity(seen, reference.diseased, seed),
     }
 
@@ -66,13 +83,14 @@ def sanity(seen: Sequence[Seen], diseased: np.ndarray, seed: int = 0) -> dict[st
 
     ``round_trip_mae``: mean absolute error of encoding and decoding without guidance, in the model's intensity range;
     ``healthy_map_unguided`` and ``healthy_map_guided``: mean of the map on healthy images at s = 0 and at the chosen s;
-    ``healthy_change``: the latter less the former, paired; ``diseased_map_guided`` for comparison. Empty without a
-    round trip.
+    ``healthy_change``: the latter less the former, paired; ``healthy_change_p99``: mean over healthy images of the 99th
+    percentile of what guidance changes in them, ``|guided - unguided|``, which shows a focal change that the mean of an
+    image hides; ``diseased_map_guided`` for comparison. Empty without a round trip.
     """
     if not seen[0].sanity:
         return {}
-    errors, unguided, guided = (
-        np.array([one.sanity[name] for one in seen]) for name in ("error", "unguided", "guided")
+    errors, unguided, guided, p99 = (
+        np.array([one.sanity[name] for one in seen]) for name in ("error", "unguided", "guided", "change_p99")
     )  # (N,)
     subjects = np.array([one.record.subject for one in seen])
     everyone = np.ones_like(diseased)
@@ -81,6 +99,7 @@ def sanity(seen: Sequence[Seen], diseased: np.ndarray, seed: int = 0) -> dict[st
         "healthy_map_unguided": (unguided, ~diseased),
         "healthy_map_guided": (guided, ~diseased),
         "healthy_change": (guided - unguided, ~diseased),
+        "healthy_change_p99": (p99, ~diseased),
         "diseased_map_guided": (guided, diseased),
     }
     return {name: _of_patients(of_images[kind], subjects[kind], seed) for name, (of_images, kind) in values.items()}
@@ -92,14 +111,27 @@ def _of_patients(values: np.ndarray, subjects: np.ndarray, seed: int) -> dict[st
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The methods as a Markdown table, with intervals or n/a, and what is to be known of the numbers."""
-    columns = [(key, title) for key, title in COLUMNS if any(key in one for one in metrics["methods"].values())]
-    lines = ["| method | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, values in metrics["methods"].items():
-        cells = [_cell(values.get(key)) for key, _ in columns]
+    """Markdown tables of methods, differences and sanity numbers, and what is to be known of the numbers."""
+    parts = [_table("method", metrics["methods"])]
+    differences = {name: one for name, one in metrics.get("differences", {}).items() if one}
+    if differences:
+        guide = next(name for name in metrics["methods"] if name not in metrics["differences"])
+        parts.append(_table(f"{guide} less", differences, "+.3f"))
+    if metrics.get("sanity"):
+        rows = [f"| {SANITY[name]} | {_cell(one, '.4f')} |" for name, one in metrics["sanity"].items()]
+        parts.append(["| not the disease | mean over patients |", "|---|---|", *rows])
+    remarks = [f"* {remark}" for remark in in_words(metrics)]
+    return "\n\n".join("\n".join(part) for part in [*parts, remarks] if part) + "\n"
+
+
+def _table(corner: str, rows: Mapping[str, Mapping[str, Any]], form: str = ".3f") -> list[str]:
+    """Lines of a table of methods, with the columns that one of them has."""
+    columns = [(key, title) for key, title in COLUMNS if any(key in one for one in rows.values())]
+    lines = [f"| {corner} | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in rows.items():
+        cells = [_cell(values.get(key), form) for key, _ in columns]
         lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
-    remarks = in_words(metrics)
-    return "\n".join([*lines, *([""] if remarks else []), *(f"* {remark}" for remark in remarks)]) + "\n"
+    return lines
 
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:
@@ -117,10 +149,10 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
+def _cell(entry: Mapping[str, Any] | None, form: str = ".3f") -> str:
     if entry is None:
         return ""
     if entry["interval"] is None:
-        return f"{entry['value']:.3f} (n/a)"
+        return f"{entry['value']:{form}} (n/a)"
     low, high = entry["interval"]
-    return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{entry['value']:{form}} ({low:{form}} to {high:{form}})"

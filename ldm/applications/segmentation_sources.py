@@ -133,8 +133,8 @@ class NetworkSource(EnsembleSource):
         augmentation: of what members but the first see, see :class:`ldm.model.ensemble.Views`.
 
     Raises:
-        LdmError: networks of other classes, channels, preprocessing or splits, or a number of members that they have
-            not.
+        LdmError: networks of other classes, channels, preprocessing, splits or background values, or a number of
+            members that they have not.
     """
 
     def __init__(
@@ -157,7 +157,10 @@ class NetworkSource(EnsembleSource):
                 f"{count} or more, one of each network" if vary else f"{count}, one of each network, without augment"
             )
             raise LdmError(f"members is {members}; legal: {legal}.")
-        self.classes, self.preprocessing, self.unnamed = first.labels, first.preprocessing, None
+        unnamed = [tuple(n.facts["unnamed"]) for n in self.segmenters if "unnamed" in n.facts]  # older files lack it
+        _require_same(unnamed, "label values that are background")
+        self.classes, self.preprocessing = first.labels, first.preprocessing
+        self.unnamed = unnamed[0] if unnamed else None
         self.channels, self.split_sha256 = first.preprocessing.channels, first.facts["split_sha256"]
         kind = "dropout" if self.dropout else "network" if count == 1 else "deep ensemble"
         self.facts = {"kind": kind, "model_sha256": list(sha256), "members": self.members, "seed": seed}

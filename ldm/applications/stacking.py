@@ -12,7 +12,7 @@ import torch
 from ldm.applications.segmentation import Result, read_result, volumes, write_volumes
 from ldm.applications.segmentation_sources import EnsembleSource
 from ldm.data import images
-from ldm.data.draft import Record
+from ldm.data.draft import Record, is_safe_name
 from ldm.data.stacks import Cut, put_back
 
 FOLDER, TABLE = "stacked", "volumes.tsv"
@@ -50,8 +50,9 @@ def stack_results(out: Path, records: Sequence[Record], source: EnsembleSource) 
 def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Record]]]:
     """Name of a volume -> one of its cuts, and its records by number of the slice.
 
-    A record that is called ``NAME_axial040``, as ``data.slices`` does, is of ``NAME``, any other of its subject;
-    further volumes of one name are numbered. The first image of a record says where it was cut.
+    A record that is called ``NAME_axial040``, as ``data.slices`` does, is of ``NAME``, any other of its subject, or of
+    its own name where that of the subject is not safe as a file name; further volumes of one name are numbered. The
+    first image of a record says where it was cut.
     """
     stacks: dict[tuple[Path, str], dict[int, Record]] = {}
     for record in records:
@@ -62,7 +63,8 @@ def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Re
     for (path, plane), stack in stacks.items():
         index, record = next(iter(stack.items()))
         end = f"_{plane}{index:03}"
-        name = record.id.removesuffix(end) if record.id.endswith(end) else record.subject
+        subject = record.subject if is_safe_name(record.subject) else record.id
+        name = record.id.removesuffix(end) if record.id.endswith(end) else subject
         numbered = (f"{name}_volume{number}" for number in itertools.count(2))
         free = next(one for one in itertools.chain([name], numbered) if one not in named)
         named[free] = Cut(path, plane, index), stack

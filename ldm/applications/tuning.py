@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from ldm.applications.anomaly import MAP_OPTIONS, DetectionOptions, Detector, anomaly_map, image_scores
-from ldm.applications.cases import Case
+from ldm.applications.cases import Case, Truth
 from ldm.applications.detection import Seen
 from ldm.data.draft import Record
 from ldm.errors import LdmError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FILE = "detection.json"
 CHOSEN = ("level", "scale", "threshold")
+LESION = "lesion"  # key of the lesion classes, where there were masks
+REMEDY = "Tune again (ldm detect tune=true guide={guide}), or remove the file."
 
 
 def reference_of(cases: Sequence[Case | Seen]) -> Reference:
@@ -123,11 +126,19 @@ def settled(options: DetectionOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in ("guide", *CHOSEN)}
 
 
-def read_choices(model_path: Path, classifier_sha256: str | None, guide: str) -> dict[str, Any] | None:
+def read_choices(model_path: Path, classifier_sha256: str | None, guide: str, truth: Truth) -> dict[str, Any] | None:
     """What was chosen for this model and guide; None where nothing was.
 
+    What a file that is older does not say of the question is not compared.
+
+    Args:
+        model_path: of the model that it lies beside.
+        classifier_sha256: of the classifier that guides; None without one.
+        guide: the guide.
+        truth: the target and its level that means healthy.
+
     Raises:
-        LdmError: it was chosen for another model or classifier, or the file cannot be read.
+        LdmError: it was chosen for another model, classifier, target or healthy level, or the file cannot be read.
     """
     path = Path(model_path).with_name(FILE)
     if not path.is_file():
@@ -139,24 +150,65 @@ def read_choices(model_path: Path, classifier_sha256: str | None, guide: str) ->
             entry["images"]["subjects"], entry["images"]["files"], entry["images"]["unit"]
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise LdmError(f"{path} is not what tune=true writes; remove it or tune again.") from error
-    remedy = f"Tune again (ldm detect tune=true guide={guide}), or remove the file."
+    remedy = REMEDY.format(guide=guide)
     if of_model != read_header(model_path)["tensors_sha256"]:
         raise LdmError(f"{path} was made for another model than {Path(model_path).name} beside it. {remedy}")
     if entry is not None and entry["classifier_sha256"] != classifier_sha256:
         raise LdmError(f"{path}: guide={guide} was tuned with another classifier. {remedy}")
+    now = {"target": truth.target.name, "healthy": truth.healthy}
+    then = now if entry is None else {name: entry.get(name, value) for name, value in now.items()}
+    if then != now:
+        words = ["target={target} healthy={healthy}".format(**one) for one in (then, now)]
+        raise LdmError(f"{path}: guide={guide} was tuned for {words[0]}, and not for {words[1]}. {remedy}")
     return entry
+
+
+def lesion_values(truth: Truth) -> dict[str, list[int]] | None:
+    """The lesion classes as they are stored, name -> label values; None where every label but 0 is a lesion."""
+    return None if truth.lesion is None else {name: list(values) for name, values in truth.lesion.values.items()}
+
+
+def expect_lesions_of(entry: Mapping[str, Any] | None, model_path: Path, guide: str, truth: Truth) -> None:
+    """Refuse choices that were made for other lesions; nothing is known of those of a choice made without masks.
+
+    Args:
+        entry: of :func:`read_choices`.
+        model_path, guide: it was chosen for.
+        truth: the lesion classes of the images that are looked at.
+
+    Raises:
+        LdmError: naming both.
+    """
+    if entry is None or LESION not in entry:
+        return
+    then, now = entry[LESION], lesion_values(truth)
+    if _label_values(then) != _label_values(now):
+        raise LdmError(
+            f"{Path(model_path).with_name(FILE)}: guide={guide} was tuned for lesions that are {_in_words(then)}, and "
+            f"not for {_in_words(now)}. {REMEDY.format(guide=guide)}"
+        )
+
+
+def _in_words(classes: Mapping[str, Sequence[int]] | None) -> str:
+    if classes is None:
+        return "every label but 0"
+    return ", ".join(f"{name} ({', '.join(map(str, values))})" for name, values in classes.items())
+
+
+def _label_values(classes: Mapping[str, Sequence[int]] | None) -> set[int] | None:
+    return None if classes is None else {value for values in classes.values() for value in values}
 
 
 def write_choices(model_path: Path, guide: str, entry: Mapping[str, Any]) -> Path:
     """Add what was chosen for a guide to ``detection.json``; that of another model is replaced whole."""
     path, sha256 = Path(model_path).with_name(FILE), read_header(model_path)["tensors_sha256"]
-    try:
-        stored = json.loads(path.read_text())
-        guides = stored["guides"] if stored["model_sha256"] == sha256 else {}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        guides = {}
-    content = {"model_sha256": sha256, "guides": {**guides, guide: dict(entry)}}
-    return write_json(path, content)
+    with FileLock(f"{path}.lock"):  # guides that are tuned side by side: neither is lost
+        try:
+            stored = json.loads(path.read_text())
+            guides = stored["guides"] if stored["model_sha256"] == sha256 else {}
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            guides = {}
+        return write_json(path, {"model_sha256": sha256, "guides": {**guides, guide: dict(entry)}})
 
 
 def tuned_baselines(entry: Mapping[str, Any] | None, options: DetectionOptions) -> dict[str, dict[str, Any]]:

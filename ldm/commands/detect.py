@@ -25,8 +25,9 @@ from ldm.applications.detection import (
 )
 from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
-from ldm.applications.tuning import apply_choices, read_choices, tuned_baselines
+from ldm.applications.tuning import FILE, apply_choices, expect_lesions_of, read_choices, tuned_baselines
 from ldm.commands.detect_request import (
+    FIRST_STAGE,
     Images,
     asked_options,
     build_detector,
@@ -35,6 +36,7 @@ from ldm.commands.detect_request import (
     classifier_sha256,
     find_images,
     map_settings,
+    rebuilder_sha256,
     request,
     tuned_ids,
 )
@@ -45,6 +47,7 @@ from ldm.diffusion.checks import check_count
 from ldm.errors import LdmError
 from ldm.files import write_json, write_text
 from ldm.metrics.segmentation import dice
+from ldm.model.generative import Generative
 from ldm.model.latent_diffusion import LatentDiffusionModel
 from ldm.model.provenance import settle_request
 from ldm.training import figures
@@ -63,14 +66,20 @@ def run(config: DictConfig) -> Path:
     check_count("batch_size", config.batch_size)
     check_settings(config)
     model, path = load_model(config)
+    expect_diffusion_of_images(model, path)
     detector = build_detector(config, model)
     channel = model.preprocessing.channels.index(channel_name(config, model))
     if config.tune:
         return tune(config, detector, path, channel)
-    entry = read_choices(path, classifier_sha256(detector), config.guide)
+    truth = Truth(detector.target, detector.healthy)
+    entry = read_choices(path, classifier_sha256(detector), config.guide, truth)
     options, threshold = apply_choices(asked_options(config), entry, config.threshold)
     detector.check(options)
+    if entry is None:
+        warn_of_defaults(config, path, options, detector.level(options))
     images = find_images(config, model, path, detector, config.split)
+    if config.images is None:  # which labels are lesions is not told of a folder
+        expect_lesions_of(entry, path, config.guide, images.truth)
     tuned = tuned_ids(images, entry)
     evaluated = evaluated_ids(config, images, tuned)
     expect_a_lesion(images, evaluated, read_lesions(images, model))
@@ -95,7 +104,7 @@ def run(config: DictConfig) -> Path:
     panel(shown, options, model, channel, out / "panel.png")
     table = write_scores(out / TABLE, rows)
     if seen:
-        thresholds = baseline_thresholds(baselines, channel_name(config, model)) | {options.guide: threshold}
+        thresholds = baseline_thresholds(baselines, channel_name(config, model), detector) | {options.guide: threshold}
         metrics = evaluate(seen, options, thresholds, config.resamples, config.seed) | remarks
         metrics["protocol"] = {name: value for name, value in asked.items() if name not in ("images", "files_sha256")}
         metrics["protocol"] |= changeable
@@ -105,8 +114,46 @@ def run(config: DictConfig) -> Path:
     return table
 
 
-def baseline_thresholds(baselines: Mapping[str, Mapping[str, Any]], channel: str) -> dict[str, float | None]:
-    """Thresholds that were chosen for what stands beside the detection; that of another channel's intensity is none."""
+def expect_diffusion_of_images(model: Generative, path: Path) -> None:
+    """Refuse a model that cannot bring an image to noise and back.
+
+    Raises:
+        LdmError: naming the file and what it holds.
+    """
+    if not isinstance(model, LatentDiffusionModel):
+        raise LdmError(f"{path} holds {model.what}; only a diffusion model can look for what is not healthy.")
+    if model.classes is not None:
+        raise LdmError(
+            f"{path} makes label maps, and no images; ldm detect takes a model of images, and this is one for "
+            "ldm segment."
+        )
+
+
+def warn_of_defaults(config: DictConfig, path: Path, options: DetectionOptions, level: float) -> None:
+    """Say what is used where neither the request nor ``detection.json`` says it.
+
+    Args:
+        config: the request.
+        path: of the model.
+        options, level: that are used.
+    """
+    used = {"level": f"{level:g}", "scale": f"{options.scale:g}", "threshold": "none, so that no lesions are written"}
+    names = [name for name in used if config[name] is None and not (name == "scale" and options.guide == "none")]
+    if names:
+        logger.warning(
+            "%s has nothing for guide=%s, so these are not tuned: %s. ldm detect tune=true guide=%s chooses them on "
+            "images of which the truth is known.",
+            *(path.with_name(FILE), options.guide, "; ".join(f"{name}: {used[name]}" for name in names), options.guide),
+        )
+
+
+def baseline_thresholds(
+    baselines: Mapping[str, Mapping[str, Any]], channel: str, detector: Detector
+) -> dict[str, float | None]:
+    """Thresholds that were chosen for what stands beside the detection.
+
+    That of another channel's intensity, or of another first stage's reconstructions, is none.
+    """
     thresholds = {name: one["threshold"] for name, one in baselines.items()}
     if "intensity" in baselines and baselines["intensity"]["channel"] != channel:
         logger.warning(
@@ -114,6 +161,13 @@ def baseline_thresholds(baselines: Mapping[str, Mapping[str, Any]], channel: str
             *(baselines["intensity"]["channel"], channel, channel),
         )
         thresholds["intensity"] = None
+    rebuilt = baselines.get("reconstruction", {})
+    if detector.rebuilds and rebuilt.get(FIRST_STAGE, rebuilder_sha256(detector)) != rebuilder_sha256(detector):
+        logger.warning(
+            "The threshold of reconstructions was chosen with another first stage, so there is none; tune with "
+            "reconstructed_by as it is here."
+        )
+        thresholds["reconstruction"] = None
     return thresholds
 
 

@@ -27,6 +27,8 @@ from ldm.model.classifier import Classifier
 from ldm.model.first_stage import FirstStage
 from ldm.model.latent_diffusion import LatentDiffusionModel
 
+FIRST_STAGE = "reconstructed_by_sha256"  # key of the first stage whose reconstructions are compared
+
 
 def check_settings(config: DictConfig) -> None:
     """Refuse what would have no effect.
@@ -87,6 +89,11 @@ def find_rebuilder(config: DictConfig, model: LatentDiffusionModel) -> FirstStag
 def classifier_sha256(detector: Detector) -> str | None:
     """Hash of the classifier, where there is one."""
     return None if detector.classifier is None else detector.classifier.sha256
+
+
+def rebuilder_sha256(detector: Detector) -> str | None:
+    """Hash of the first stage ``reconstructed_by``; None without one, where the model's own rebuilds."""
+    return None if detector.rebuilder is None else detector.rebuilder.sha256
 
 
 def asked_options(config: DictConfig) -> dict[str, Any]:
@@ -194,7 +201,7 @@ def request(
         "model_sha256": model.header["tensors_sha256"],
         "simulated_training_data": model.header.get("simulated", False),
         "classifier_sha256": classifier_sha256(detector),
-        "reconstructed_by_sha256": None if detector.rebuilder is None else detector.rebuilder.sha256,
+        FIRST_STAGE: rebuilder_sha256(detector),
         "target": detector.target.name,
         "healthy": detector.healthy,
         "options": {**chain_of(options), "level": detector.level(options)},

@@ -18,8 +18,19 @@ from rich.progress import Progress, track
 from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, smoothed
 from ldm.applications.cases import Case, gather, load_case, unit_of
 from ldm.applications.detection import Comparison, comparison_of
-from ldm.applications.tuning import best, judge, reference_of, settled, sweep, tuning_subjects, write_choices
+from ldm.applications.tuning import (
+    LESION,
+    best,
+    judge,
+    lesion_values,
+    reference_of,
+    settled,
+    sweep,
+    tuning_subjects,
+    write_choices,
+)
 from ldm.commands.detect_request import (
+    FIRST_STAGE,
     Images,
     asked_options,
     channel_name,
@@ -27,6 +38,7 @@ from ldm.commands.detect_request import (
     find_images,
     map_settings,
     marks,
+    rebuilder_sha256,
     request,
 )
 from ldm.data.draft import Record
@@ -70,11 +82,13 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
         baselines["intensity"] = intensity | {"channel": channel_name(config, detector.model)}
         if comparison_of(detector, options).reconstruction:
             rebuilt = np.concatenate([detector.reconstructions(image[None]) for image in images_array])
-            baselines["reconstruction"] = judge(anomaly_map(images_array, rebuilt, options), options, reference)
+            rebuilding = judge(anomaly_map(images_array, rebuilt, options), options, reference)
+            baselines["reconstruction"] = rebuilding | {FIRST_STAGE: rebuilder_sha256(detector)}
     entry = {
         "classifier_sha256": classifier_sha256(detector),
         "target": detector.target.name,
         "healthy": detector.healthy,
+        **({} if reference.masks is None else {LESION: lesion_values(images.truth)}),
         **{name: chosen[name] for name in ("level", "scale", "threshold")},
         "options": settled(options),
         "criterion": criterion,

@@ -29,8 +29,10 @@ from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
 from ldm.data.augmentation import Augmentation
-from ldm.data.draft import Record
-from ldm.data.stored import split_reference
+from ldm.data.draft import SAFE_NAMES, Record, is_safe_name
+from ldm.data.slices import complete_slices, sliced
+from ldm.data.stacks import is_volume, told_slices
+from ldm.data.stored import NIFTI_SUFFIXES, split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.model.file import read_header
@@ -55,6 +57,7 @@ def run(config: DictConfig) -> Path:
         records = cohort_records(config, source)
     else:
         records = [in_order(record, source) for record in asked_records(config, source)]
+        records = asked_slices(config, records, source.preprocessing.spatial_dims)
     if config.evaluate:
         for record in track(records, "checking label maps"):
             check_labels(record, source)
@@ -84,6 +87,7 @@ def check_settings(config: DictConfig) -> None:
     for name, goes_with, given in (
         ("table", "images", config.images is not None),
         ("labels", "images", config.images is not None),
+        ("slices", "images (of the cohort: data.slices)", config.images is not None),
         ("split", "the cohort", config.images is None),
     ):
         if config[name] is not None and not given:
@@ -153,7 +157,8 @@ def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
     """The subjects of ``images``, named by the table's participant_id, or numbered.
 
     Raises:
-        LdmError: a template without a table, a table or ``labels`` of another number, or a name twice.
+        LdmError: a template without a table, a table or ``labels`` of another number, or a name that is not safe as a
+            file name.
     """
     table = asked_table(config.table, "table")
     values = _as_list(filled("images", plain(config.images), table, "table"))
@@ -167,10 +172,57 @@ def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
         if len(given) != len(values):
             raise LdmError(f"{name} has {len(given)} entries for {len(values)} subjects of images; legal: one each.")
     names = [row.get("participant_id") or sample_name(index) for index, row in enumerate(rows)]
+    for name in names:
+        if not is_safe_name(name):
+            raise LdmError(f"{config.table}: participant_id '{name}' is not safe as a file name; use {SAFE_NAMES}.")
     return [
         Record(name, row.get("subject") or name, _images(value, source), truth, {}, "test", name)
         for name, row, value, truth in zip(names, rows, values, labels, strict=True)
     ]
+
+
+def asked_slices(config: DictConfig, records: Sequence[Record], spatial_dims: int) -> list[Record]:
+    """The slices of volumes that ``slices`` names, a record each, as ``data.slices`` has them; without, the records.
+
+    Where it gives no range, all slices but those in which an image is the same all over, which show nothing.
+
+    Raises:
+        LdmError: a volume for a model of 2-D images without ``slices``; ``slices`` for a model of volumes, for files
+            that are none or select something already, or without any slice that shows something.
+    """
+    if config.slices is None:
+        if spatial_dims == 2:
+            gather(records, _expect_no_volume)
+        return list(records)
+    if spatial_dims != 2:
+        raise LdmError("slices is for models of 2-D images, and this one is of volumes; leave it out.")
+    slices = complete_slices(plain(config.slices), "slices")
+    found = []
+    for record in records:
+        for ref in record.references:
+            if not split_reference(ref)[0].name.lower().endswith(NIFTI_SUFFIXES):
+                raise LdmError(f"'{record.id}': {ref} is no NIfTI volume; slices is for {', '.join(NIFTI_SUFFIXES)}.")
+        parts = sliced(record, slices["plane"], _slice_numbers(record, slices))
+        if not parts:
+            raise LdmError(f"'{record.id}': no slice of its volumes shows something; leave it out.")
+        found += parts
+    return found
+
+
+def _slice_numbers(record: Record, slices: Mapping[str, Any]) -> Sequence[int]:
+    if slices["range"] is not None:
+        return range(*slices["range"], slices["step"])
+    told = [set(told_slices(split_reference(ref)[0], slices["plane"])) for ref in record.images.values()]
+    return sorted(set.intersection(*told))[:: slices["step"]]
+
+
+def _expect_no_volume(record: Record) -> None:
+    for ref in record.images.values():
+        if is_volume(ref):
+            raise LdmError(
+                f"{ref} is a volume, and this model is of 2-D images. Set slices={{plane: axial, range: [80, 128]}}, "
+                f"without a range for all its slices, or name a slice, '{ref}::axial[80]'."
+            )
 
 
 def _images(value: Any, source: EnsembleSource) -> dict[str, str]:

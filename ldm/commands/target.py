@@ -78,6 +78,13 @@ def find_target(config: DictConfig, datamodule: CohortDataModule) -> Target:
         given = (asked_conditioners(config).get("image") or {}).get("channels") or ()
         return Target(replace(ours, channels=tuple(name for name in ours.channels if name not in given)))
     classes = LabelClasses.from_config(plain(config.data)["label_names"])
+    labels = {name: list(values) for name, values in classes.values.items()}
+    facts = {"labels": labels, "unnamed": unnamed_values(classes, datamodule)}
+    return Target(replace(ours, channels=classes.names, intensity=MASK_INTENSITY), classes, facts)
+
+
+def unnamed_values(classes: LabelClasses, datamodule: CohortDataModule) -> list[int]:
+    """Values of a cohort's label maps that no class names, which are background; with a warning if there are any."""
     unnamed = classes.unknown(datamodule.dataset("all").label_values())
     if unnamed:
         logger.warning(
@@ -85,5 +92,4 @@ def find_target(config: DictConfig, datamodule: CohortDataModule) -> Target:
             ", ".join(classes.names),
             ", ".join(map(str, unnamed)),
         )
-    facts = {"labels": {name: list(values) for name, values in classes.values.items()}, "unnamed": unnamed}
-    return Target(replace(ours, channels=classes.names, intensity=MASK_INTENSITY), classes, facts)
+    return unnamed

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared
+from ldm.commands.target import unnamed_values
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
 from ldm.model.segmenter import Segmenter
@@ -30,6 +31,7 @@ def run(config: DictConfig) -> dict[str, float]:
     run_dir = Path(config.run_dir)
     labels = LabelClasses.from_config(plain(config.data).get("label_names"))
     datamodule = prepared(cohort_datamodule(config, config.segmenter.batch_size))
+    unnamed = unnamed_values(labels, datamodule)
     network = {
         **plain(config.segmenter.network),
         "spatial_dims": config.data.spatial_dims,
@@ -47,6 +49,7 @@ def run(config: DictConfig) -> dict[str, float]:
             "cohort": datamodule.cohort.name,
             "split_sha256": datamodule.cohort.split_hash,
             "steps": module.step,
+            "unnamed": unnamed,
         }
         Segmenter(module.network, network, labels, datamodule.preprocessing, metrics, facts).save(
             run_dir / "model.safetensors"

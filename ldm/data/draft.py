@@ -32,7 +32,8 @@ SPLIT_WORDS = {
     "testing": "test",
 }
 DEFAULT_CHANNEL = "image"
-_SAFE_ID = re.compile(r"\w[\w.+=@-]{0,199}")
+SAFE_NAMES = "letters, digits and _ . + = @ - only, at most 200, beginning with a letter or digit"
+_SAFE_NAME = re.compile(r"\w[\w.+=@-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class Draft:
     def leave_out(self) -> bool:
         """Whether affected records are left out rather than stopping everything."""
         return self.config["faults"] == "leave_out"
+
+
+def is_safe_name(text: str) -> bool:
+    """Whether a name of an image can begin the names of files, which then stay in their folder: see `SAFE_NAMES`."""
+    return _SAFE_NAME.fullmatch(text) is not None and not text.endswith(".")
 
 
 def shown(draft: Draft, ref: str) -> str:
@@ -280,10 +286,9 @@ class _Reader:
         groups = defaultdict(list)
         for record in self.draft.records:
             groups[record.id.casefold()].append(record)
-            if not _SAFE_ID.fullmatch(record.id) or record.id.endswith("."):
+            if not is_safe_name(record.id):
                 reason = f"id '{record.id}' is not safe as a file name"
-                remedy = "use letters, digits and _ . + = @ - only, at most 200, beginning with a letter or digit"
-                self._fault(record.place, "unsafe-id", reason, remedy, record.id)
+                self._fault(record.place, "unsafe-id", reason, f"use {SAFE_NAMES}", record.id)
             if not record.subject.isprintable():
                 reason = f"subject {record.subject!r} holds control characters"
                 self._fault(record.place, "unsafe-id", reason, "use printable characters", record.id)

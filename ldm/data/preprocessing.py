@@ -162,6 +162,8 @@ class Preprocessing:
         self._expect_fitted()
         stored = {name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()}
         _expect_one_grid(record.id, {name: _header(image) for name, image in stored.items()})
+        for name, image in stored.items():
+            self._expect_axes(record.images[name], image.array.shape)
         channels = [(channel, f"{record.images[name]}") for name, image in stored.items() for channel in image.array]
         if len(channels) != len(self.channels):
             raise LdmError(
@@ -216,6 +218,8 @@ class Preprocessing:
             raise LdmError(f"Expected a file for each of {', '.join(self.channels)}, got {given}.")
         refs = {name: str(image[name]) for name in self.channels} if isinstance(image, Mapping) else {"": str(image)}
         stored = {name: images.read(ref, spatial_dims=self.spatial_dims) for name, ref in refs.items()}
+        for name, one in stored.items():
+            self._expect_axes(refs[name], one.array.shape)
         where = ", ".join(refs.values())
         _expect_one_grid(where, {name: _header(one) for name, one in stored.items()})
         channels = [(channel, refs[name]) for name, one in stored.items() for channel in one.array]
@@ -327,14 +331,18 @@ class Preprocessing:
         headers = {name: images.read_header(ref, spatial_dims=self.spatial_dims) for name, ref in record.images.items()}
         _expect_one_grid(record.id, headers)
         for ref, header in zip(record.images.values(), headers.values(), strict=True):
-            if len(header.shape) != self.spatial_dims + 1:
-                raise LdmError(
-                    f"{ref}: has {len(header.shape) - 1} spatial axes, but data.spatial_dims is "
-                    f"{self.spatial_dims}. Select a slice with '::axial[k]' to use a volume as 2-D."
-                )
+            self._expect_axes(ref, header.shape)
             if header.affine is None and (self.orientation or (self.spacing and self.spatial_dims == 3)):
                 raise LdmError(f"{ref}: has no affine; set data.orientation and data.spacing_mm to null or use NIfTI.")
         return headers
+
+    def _expect_axes(self, ref: str, shape: Sequence[int]) -> None:
+        """Refuse a volume among pictures, and the reverse; ``shape`` is (C, *S)."""
+        if len(shape) != self.spatial_dims + 1:
+            raise LdmError(
+                f"{ref}: has {len(shape) - 1} spatial axes, but data.spatial_dims is "
+                f"{self.spatial_dims}. Select a slice with '::axial[k]' to use a volume as 2-D."
+            )
 
     def _plan(self, header: Header) -> Geometry:
         return Geometry.plan(

@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ldm.data.images import read_header
+from ldm.data.images import read, read_header
 from ldm.data.nifti import PLANES, in_space
 from ldm.data.stored import NIFTI_SUFFIXES, split_reference
 
@@ -70,6 +70,30 @@ def put_back(
     stored = np.stack([nib.apply_orientation(channel, back) for channel in ras])  # (C, I, J, K)
     code = int(header.facts["sform_code"] or header.facts["qform_code"])
     return in_space(stored, header.affine, code, labels)
+
+
+def is_volume(ref: str) -> bool:
+    """Whether a reference is to a whole NIfTI file of several slices, of which each could be a 2-D image.
+
+    Raises:
+        LdmError: the file cannot be read.
+    """
+    path, selector = split_reference(ref)
+    whole = selector is None and path.name.lower().endswith(NIFTI_SUFFIXES)
+    return whole and 1 not in read_header(path).shape[1:]
+
+
+def told_slices(path: Path, plane: str) -> list[int]:
+    """Numbers of the slices of a volume that show something: in the others every voxel is the same.
+
+    Raises:
+        LdmError: the file cannot be read.
+    """
+    volume = read(path)
+    orientation = nib.io_orientation(volume.affine)
+    ras = np.stack([nib.apply_orientation(channel, orientation) for channel in volume.array])  # (C, *RAS)
+    across = tuple(axis for axis in range(4) if axis != PLANES[plane] + 1)
+    return np.flatnonzero(ras.max(across) > ras.min(across)).tolist()
 
 
 def _ras_order(affine: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ A value above a threshold is a lesion. Voxels of one patient are not independent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from ldm.errors import LdmError
 from ldm.metrics.segmentation import dice
 
+Statistic = Callable[[np.ndarray], float]  # of how often each patient counts, (patients,)
+PAIRED = ("pixel_auroc", "dice", "image_auroc")  # in which methods are compared
 LEVELS = 1024  # of lesions and of the rest, each, that curves over many voxels are drawn with
 
 
@@ -88,7 +90,7 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
 
 
 def interval_over_patients(
-    statistic: Callable[[np.ndarray], float], patients: int, resamples: int = 500, seed: int = 0
+    statistic: Statistic, patients: int, resamples: int = 500, seed: int = 0
 ) -> list[float] | None:
     """95 % percentile interval over patients (Efron & Tibshirani 1993, chapter 13).
 
@@ -130,19 +132,66 @@ def detection_metrics(
         threshold: of the maps, chosen on other images; None where there is none.
         resamples, seed: see `interval_over_patients`.
     """
+    statistics = detection_statistics(maps, scores, reference, threshold)
+    return values_of(statistics, reference, resamples, seed)
+
+
+def detection_statistics(
+    maps: np.ndarray, scores: np.ndarray, reference: Reference, threshold: float | None
+) -> dict[str, Statistic]:
+    """The numbers of :func:`detection_metrics` as functions of how often each patient counts; they keep no maps."""
     owners = reference.owners()
-    patients = int(owners.max()) + 1
     statistics = _image_statistics(maps, scores, reference, threshold, owners)
     if reference.masks is not None:
         statistics |= _voxel_statistics(maps, reference, threshold, owners)
-    everyone = np.ones(patients, np.int64)
-    result = {
-        name: {"value": float(one(everyone)), "interval": interval_over_patients(one, patients, resamples, seed)}
-        for name, one in statistics.items()
-    }
+    return statistics
+
+
+def values_of(
+    statistics: Mapping[str, Statistic], reference: Reference, resamples: int = 500, seed: int = 0
+) -> dict[str, dict]:
+    """``value`` and ``interval`` of every statistic and, with masks, the share of lesions as ``prevalence``."""
+    result = {name: _with_interval(one, reference, resamples, seed) for name, one in statistics.items()}
     if reference.masks is not None:
         result["prevalence"] = {"value": float(reference.masks.mean())}
     return result
+
+
+def paired_differences(
+    statistics: Mapping[str, Statistic],
+    others: Mapping[str, Statistic],
+    reference: Reference,
+    resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """One method less another on the same images, of the numbers of `PAIRED` that both have.
+
+    Each draw of patients is the same for both, so that what makes a patient hard for both adds nothing to the interval.
+    Above 0 the first is better; it is so beyond chance if the interval is above 0.
+
+    Args:
+        statistics, others: of :func:`detection_statistics`, of one reference.
+        reference: of the images.
+        resamples, seed: see `interval_over_patients`.
+
+    Returns:
+        ``value`` and ``interval`` of each.
+    """
+
+    def difference(name: str) -> Statistic:
+        return lambda w: statistics[name](w) - others[name](w)
+
+    names = [name for name in PAIRED if name in statistics and name in others]
+    return {name: _with_interval(difference(name), reference, resamples, seed) for name in names}
+
+
+def _with_interval(statistic: Statistic, reference: Reference, resamples: int, seed: int) -> dict:
+    patients = int(reference.owners().max()) + 1
+    everyone = np.ones(patients, np.int64)
+    return {
+        "value": float(statistic(everyone)),
+        "interval": interval_over_patients(statistic, patients, resamples, seed),
+    }
 
 
 def image_auroc(scores: np.ndarray, reference: Reference) -> float:
@@ -154,9 +203,6 @@ def voxel_auprc(maps: np.ndarray, reference: Reference) -> float:
     """Average precision over all voxels of all images, of maps ``(N, *S)``."""
     everyone = np.zeros(len(maps), np.int64)
     return _voxel_statistics(maps, reference, None, everyone)["pixel_auprc"](np.ones(1, np.int64))
-
-
-Statistic = Callable[[np.ndarray], float]  # of how often each patient counts
 
 
 def _image_statistics(

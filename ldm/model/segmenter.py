@@ -49,7 +49,7 @@ class Segmenter(TrainedNetwork):
         labels: classes, background first.
         preprocessing: how scans become its input.
         metrics: held-out Dice and agreement of volumes.
-        facts: cohort, split hash.
+        facts: cohort, split hash, ``unnamed``: the label values that no class names and that were background.
     """
 
     kind = KIND

@@ -1,13 +1,16 @@
 """Which files of a folder are images and masks."""
 
+import nibabel as nib
 import numpy as np
 import PIL.Image
 import pytest
 
 from ldm.applications.cases import folder_records
+from ldm.data import images
 from ldm.data.geometry import Geometry
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
+from ldm.errors import LdmError
 
 RECIPE = Preprocessing(2, None, None, (8, 8), (1, 1), channels=("T1",), reference=Geometry.plan((8, 8)))
 (TARGET,) = CovariateSchema.from_config({"ill": {"kind": "categorical", "levels": ["no", "yes"]}})
@@ -23,3 +26,16 @@ def test_results_below_the_images_are_no_images(tmp_path, monkeypatch, folder, o
     records = folder_records(scans, RECIPE, TARGET, "no", scans, out=results.relative_to(tmp_path))
     assert [record.id for record in records] == ["a", "b"]
     assert [record.labels for record in records] == [str(scans / "a.png"), str(scans / "b/b.png")]
+
+
+def test_volumes_are_no_images_of_a_2d_model(tmp_path):
+    """Slices that are written as the message says are."""
+    array = np.random.default_rng(0).integers(1, 99, (8, 8, 4)).astype(np.int16)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(array[..., :1], np.eye(4)), tmp_path / "b.nii.gz")
+    with pytest.raises(LdmError, match=r"a.nii.gz is a volume, as 1 of 2 files there are, .*a.nii.gz::axial\[80\]"):
+        folder_records(tmp_path, RECIPE, TARGET, "no")
+    images.write(tmp_path / "a_axial002.npy", images.read(f"{tmp_path}/a.nii.gz::axial[2]").array)
+    (tmp_path / "a.nii.gz").unlink()
+    records = folder_records(tmp_path, RECIPE, TARGET, "no")
+    assert [RECIPE.load(record)[0].shape for record in records] == [(1, 8, 8)] * 2

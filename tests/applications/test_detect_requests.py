@@ -1,20 +1,44 @@
 """What a detection is asked and what its numbers are worth: known before anything is computed."""
 
+import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 
 from ldm.applications.anomaly import DetectionOptions
 from ldm.applications.cases import Truth, gather, unit_of
 from ldm.applications.detection_report import markdown
-from ldm.applications.tuning import settled, tuned_baselines
-from ldm.commands.detect import expect_a_lesion, worth
-from ldm.commands.detect_request import Images, chain_of, digests, map_settings, tuned_ids
+from ldm.applications.tuning import (
+    FILE,
+    expect_lesions_of,
+    lesion_values,
+    read_choices,
+    settled,
+    tuned_baselines,
+    write_choices,
+)
+from ldm.commands.detect import (
+    baseline_thresholds,
+    expect_a_lesion,
+    expect_diffusion_of_images,
+    warn_of_defaults,
+    worth,
+)
+from ldm.commands.detect_request import FIRST_STAGE, Images, chain_of, digests, map_settings, tuned_ids
 from ldm.commands.detect_tuning import chosen_on
 from ldm.data.draft import Record
 from ldm.data.labels import LabelClasses
 from ldm.data.schema import Covariate
 from ldm.errors import LdmError
+from ldm.model.file import write_model
 from ldm.model.provenance import settle_request
+from tests.model.test_gan_model import gan
+from tests.model.test_transfer import model as diffusion_model
 
 TRUTH = Truth(Covariate("diseased", "categorical", levels=("0", "1")), "0", LabelClasses.from_config({"core": 4}))
 
@@ -94,6 +118,80 @@ def test_other_maps_leave_the_chains_of_what_is_compared():
     other = tuned_baselines(entry, DetectionOptions(smoothing=1.0))
     assert other == {"partial_noising": {"level": 300.0, "threshold": None}}
     assert tuned_baselines(entry, DetectionOptions(steps=7)) == tuned_baselines(None, DetectionOptions()) == {}
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_model(path, {"weight": torch.zeros(1)}, {"kind": "diffusion"})
+    return path
+
+
+def choice(**question):
+    kept = {"subjects": [], "files": [], "unit": "patient"}
+    return {"classifier_sha256": None, "images": kept, "level": 300.0, **question}
+
+
+def test_what_was_chosen_for_another_question_is_refused(model_file):
+    older, entry = choice(), choice(target="diseased", healthy="0", lesion={"core": [4]})
+    write_choices(model_file, "free", entry)
+    write_choices(model_file, "none", older)
+    assert read_choices(model_file, None, "free", TRUTH) == entry
+    expect_lesions_of(entry, model_file, "free", TRUTH)
+    other_target = Truth(Covariate("tumour", "categorical", levels=("0", "1")), "0")
+    for truth, now in ((other_target, "target=tumour healthy=0"), (replace(TRUTH, healthy="1"), "target=diseased he")):
+        with pytest.raises(LdmError, match=rf"for target=diseased healthy=0, and not for {now}.*tune=true guide=free"):
+            read_choices(model_file, None, "free", truth)
+        assert read_choices(model_file, None, "none", truth) == older
+    for classes, words in ((LabelClasses.from_config({"edema": 2}), r"edema \(2\)"), (None, "every label but 0")):
+        truth = replace(TRUTH, lesion=classes)
+        with pytest.raises(LdmError, match=rf"tuned for lesions that are core \(4\), and not for {words}"):
+            expect_lesions_of(entry, model_file, "free", truth)
+        expect_lesions_of(older, model_file, "none", truth)
+    assert lesion_values(TRUTH) == entry["lesion"]
+
+
+def test_guides_that_are_tuned_side_by_side_are_both_kept(model_file):
+    lock = FileLock(f"{model_file.with_name(FILE)}.lock")
+    with lock:
+        other = threading.Thread(target=write_choices, args=(model_file, "free", choice()))
+        other.start()
+        other.join(0.3)
+        assert not model_file.with_name(FILE).exists()  # it waits for who writes already
+    other.join()
+    write_choices(model_file, "none", choice())
+    assert set(json.loads(model_file.with_name(FILE).read_text())["guides"]) == {"free", "none"}
+
+
+def test_what_nobody_tuned_is_told_of(model_file, caplog):
+    asked = {"level": None, "scale": None, "threshold": None}
+    warn_of_defaults({**asked, "level": 300.0, "threshold": 0.1}, model_file, DetectionOptions(guide="none"), 300.0)
+    assert not caplog.text
+    warn_of_defaults(asked, model_file, DetectionOptions(), 500.0)
+    assert (
+        "detection.json has nothing for guide=classifier, so these are not tuned: level: 500; scale: 100" in caplog.text
+    )
+    assert "no lesions are written. ldm detect tune=true guide=classifier chooses them" in caplog.text
+
+
+def test_only_diffusion_models_of_images_can_detect(tmp_path):
+    with pytest.raises(LdmError, match=r"gan.safetensors holds LSGAN; only a diffusion model can"):
+        expect_diffusion_of_images(gan(), tmp_path / "gan.safetensors")
+    model = diffusion_model([], "none")
+    expect_diffusion_of_images(model, tmp_path / "model.safetensors")
+    model.header["target"] = {"labels": {"tumour": [1]}, "unnamed": []}
+    with pytest.raises(LdmError, match=r"labels.safetensors makes label maps, and no images"):
+        expect_diffusion_of_images(model, tmp_path / "labels.safetensors")
+
+
+def test_a_threshold_of_another_first_stage_is_not_taken(caplog):
+    one, other = (SimpleNamespace(rebuilds=True, rebuilder=SimpleNamespace(sha256=name)) for name in ("one", "other"))
+    baselines = {"reconstruction": {"threshold": 0.4, FIRST_STAGE: "one"}}
+    assert baseline_thresholds(baselines, "T1", one) == {"reconstruction": 0.4}
+    assert baseline_thresholds({"reconstruction": {"threshold": 0.4}}, "T1", other) == {"reconstruction": 0.4}
+    assert not caplog.text
+    assert baseline_thresholds(baselines, "T1", other) == {"reconstruction": None}
+    assert "another first stage" in caplog.text
 
 
 def test_masks_without_any_lesion_are_refused_by_name():

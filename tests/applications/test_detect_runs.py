@@ -69,6 +69,13 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
         name: largest[name] for name in ("level", "scale", "threshold")
     }
     assert set(chosen["baselines"]) == {"partial_noising", "intensity"}
+    assert chosen["lesion"] == {"lesion": [1]}
+    code, text = ldm(*request, "healthy=1", "out=refused")
+    assert code
+    assert "tuned for target=diseased healthy=0, and not for target=diseased healthy=1" in text
+    code, text = ldm(*request, "data.label_names={lesion: 2}", "out=refused")
+    assert code
+    assert "tuned for lesions that are lesion (1), and not for lesion (2)" in text
 
     code, text = ldm(*request)
     assert not code, text
@@ -326,6 +333,7 @@ def test_a_folder_of_images_without_classifier(trained, ldm, tmp_path, guide, sc
     assert not code, text
     scores = pd.read_csv(tmp_path / "alone/scores.tsv", sep="\t")
     assert scores["diseased"].isna().all()
+    assert f"detection.json has nothing for guide={guide}, so these are not tuned: level: " in text
     code, text = ldm(*request, "masks=masks", "out=compared", "threshold=0.4")
     assert not code, text
     metrics = json.loads((tmp_path / "compared/metrics.json").read_text())

@@ -49,6 +49,11 @@ def test_several_networks_are_a_deep_ensemble(image):
     other = replace(second, facts={"split_sha256": "t"})
     with pytest.raises(LdmError, match="same classes, images, preprocessing and split"):
         NetworkSource([first, other], ["a", "b"])
+    assert source.unnamed is None  # as of older files
+    knowing, otherwise = (replace(second, facts={**second.facts, "unnamed": values}) for values in ([2], []))
+    assert NetworkSource([first, knowing], ["a", "b"]).unnamed == (2,)
+    with pytest.raises(LdmError, match="same label values that are background"):
+        NetworkSource([knowing, otherwise], ["a", "b"])
     for members in (1, 5):
         with pytest.raises(LdmError, match=f"members is {members}; legal: 2, one of each network, without augment"):
             NetworkSource([first, second], ["a", "b"], members)

@@ -169,6 +169,7 @@ def test_the_segmenter_takes_a_step_and_measures(ldm, tiny, tmp_path):
     volumes = segmenter.volumes(np.random.default_rng(0).random((1, 24, 24, 24), dtype=np.float32))
     assert set(volumes) == {"csf", "grey_matter", "white_matter", "ventricles"}
     assert sum(volumes.values()) <= 24**3 * 8**3
+    assert segmenter.facts["unnamed"] == []
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ SETTINGS = {
     "batch_size": 1,
     "table": "table.tsv",
     "labels": None,
+    "slices": None,
     "split": None,
     "seed": 0,
     "beside": None,
@@ -22,6 +23,8 @@ SETTINGS = {
 
 class Preprocessing:
     """Cannot read files with ``bad`` in their names."""
+
+    spatial_dims = 2
 
     def load(self, record):
         (file,) = record.images.values()

@@ -5,14 +5,20 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from ldm.applications.detection_report import markdown
+from ldm.applications.anomaly import DetectionOptions
+from ldm.applications.cases import Case
+from ldm.applications.detection import Found, map_of, summary
+from ldm.applications.detection_report import evaluate, markdown
+from ldm.data.draft import Record
 from ldm.errors import LdmError
 from ldm.metrics.detection import (
     Reference,
     best_threshold,
     detection_metrics,
+    detection_statistics,
     interval_over_patients,
     otsu,
+    paired_differences,
     voxel_counts,
 )
 from ldm.metrics.segmentation import dice
@@ -124,6 +130,41 @@ def test_one_patient_has_no_interval():
     assert markdown({"methods": {"free": alone}, "images": {"diseased": 12}}).splitlines()[-1].count("(n/a)") == len(
         alone
     )
+
+
+def test_methods_are_compared_on_the_same_draws():
+    """Identical maps differ by exactly nothing, whoever is drawn; a clearly better one is better beyond chance."""
+    maps, masks, reference = blobs()
+    worse = maps - 0.35 * masks
+    ours, theirs = (detection_statistics(one, one.mean((1, 2)), reference, 0.5) for one in (maps, worse))
+    same = paired_differences(ours, ours, reference, resamples=30)
+    assert same == {name: {"value": 0.0, "interval": [0.0, 0.0]} for name in ("pixel_auroc", "dice", "image_auroc")}
+    better = paired_differences(ours, theirs, reference, resamples=30)
+    for name in ("pixel_auroc", "dice"):
+        assert better[name]["interval"][0] > 0
+        assert better[name]["value"] == ours[name](np.ones(6, int)) - theirs[name](np.ones(6, int))
+    without = detection_statistics(worse, worse.mean((1, 2)), Reference(reference.diseased, reference.subjects), None)
+    assert set(paired_differences(ours, without, reference, resamples=2)) == {"image_auroc"}
+
+
+def test_a_focal_change_of_healthy_images_is_seen():
+    """Two per cent of the voxels: nearly nothing of the mean of an image, and all of its 99th percentile."""
+    seen, options = [], DetectionOptions(score="mean")
+    for k in range(4):
+        image = np.zeros((1, 10, 10), np.float32)
+        healthy, mask = image.copy(), np.zeros((10, 10), bool)
+        healthy[0, 0, :2] = 0.5
+        mask[0, :2] = k % 2
+        case = Case(Record(f"p{k}", f"p{k}", {}, None, {}, "test"), image, None, mask, bool(k % 2))
+        found = Found(case, healthy, round_trip=image)
+        seen.append(summary(found, map_of(found, options), options, 0))
+    metrics = evaluate(seen, options, {"classifier": 0.1}, resamples=5)
+    assert metrics["sanity"]["healthy_change"]["value"] == pytest.approx(0.01)
+    assert metrics["sanity"]["healthy_change_p99"]["value"] == pytest.approx(0.5)
+    assert set(metrics["differences"]) == {"intensity"}
+    text = markdown(metrics)
+    assert "| classifier less | voxel AUROC | image AUROC |" in text
+    assert "99th percentile of each | 0.5000 (0.5000 to 0.5000) |" in text
 
 
 def test_one_class_is_refused():
