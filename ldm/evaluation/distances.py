@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST = 8  # images that each set has to have
 SUBJECTS = 3  # whose these have to be: with fewer there is no interval over subjects
+EXTRAPOLATED_FROM = 100  # subjects; a line through the distances of fewer images ends anywhere
 NEIGHBOURS = 5
 BLUR = 1.0  # voxels, standard deviation
 
@@ -239,7 +240,7 @@ def _row(
 ) -> dict[str, Any]:
     n = len(features)
     ours, theirs = features @ axes, reference @ axes  # (N, D), (R, D)
-    extrapolates = n >= SMALLEST and min(len(np.unique(one)) for one in whose) > 2 * axes.shape[1]
+    extrapolates = min(len(np.unique(one)) for one in whose) >= max(EXTRAPOLATED_FROM, 2 * axes.shape[1] + 1)
     subjects = {"whose_a": whose[0], "whose_b": whose[1]}
     # As many reference images as there are others: what a ball holds depends on how dense its set is.
     neighbours = reference[:n], features, min(NEIGHBOURS, n - 1)

@@ -224,6 +224,15 @@ def test_a_distance_that_does_not_see_the_control_says_so():
     assert "cannot be trusted here: it does not call blurred worse than real images" in verdict.text
 
 
+def test_only_sets_of_many_subjects_are_extrapolated_to_infinitely_many_images():
+    rng = np.random.default_rng(0)
+    for n, known in ((60, False), (120, True)):
+        real, samples = rng.standard_normal((2, n, 2))
+        row = compare(rng.standard_normal((120, 2)), {"real": real, "x": samples + 1}, "real", "x", {})["rows"]["x"]
+        assert (row["frechet_infinity"] is not None) == known
+    assert row["frechet_infinity"] == pytest.approx(2, abs=0.8)
+
+
 def test_a_metric_at_its_end_for_real_images_and_a_control_says_nothing():
     rng = np.random.default_rng(0)
     reference, real = rng.standard_normal((2, 40, 3))
