@@ -47,7 +47,7 @@ class Seen:
     Attributes:
         record: of the image.
         mask, diseased: see `Case`.
-        maps: ``(*S)`` of each method, by its name: the guide's, those of `METHODS`, ``intensity``.
+        maps: ``(*S)`` of each method, by its name: the guide's, those of `METHODS`, those of :func:`intensity_maps`.
         sanity: how much of the map is not the disease, in the model's intensity range; empty without a round trip.
     """
 
@@ -177,9 +177,7 @@ def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channe
     case, maps, sanity = found.case, {options.guide: anomaly}, {}
     maps |= {name: map_of(found, options, name) for name in METHODS if getattr(found, name) is not None}
     if found.round_trip is not None:
-        maps["intensity"] = smoothed(case.image[None, channel].copy(), options)[
-            0
-        ]  # no view, which would keep the image
+        maps |= {name: one[0] for name, one in intensity_maps(case.image[None], channel, options).items()}
         sanity = {
             "error": float(np.abs(case.image - found.round_trip).mean()),
             "unguided": float(map_of(found, options, "round_trip").mean()),
@@ -187,6 +185,23 @@ def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channe
             "change_p99": float(np.percentile(anomaly_map(found.round_trip[None], found.healthy[None], options), 99)),
         }
     return Seen(case.record, case.mask, case.diseased, maps, sanity)
+
+
+INTENSITIES = ("intensity", "intensity_scaled")
+
+
+def intensity_maps(images: np.ndarray, channel: int, options: DetectionOptions) -> dict[str, np.ndarray]:
+    """The simplest maps of all, ``(N, *S)`` each: one channel of images ``(N, C, *S)``, blurred as other maps are.
+
+    ``intensity`` as it is; ``intensity_scaled`` less the mean, over the standard deviation, of what is brighter than
+    the image's mean, as the brightness of scans differs from one to the next.
+    """
+    plain = images[:, channel].astype(np.float32)  # (N, *S), a copy: a view would keep the images
+    scaled = np.empty_like(plain)
+    for one, image in zip(scaled, plain, strict=True):
+        bright = image[image > image.mean()]
+        one[...] = (image - bright.mean()) / max(float(bright.std()), 1e-6) if bright.size else 0.0
+    return {name: smoothed(one, options) for name, one in zip(INTENSITIES, (plain, scaled), strict=True)}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -15,7 +15,11 @@ from ldm.metrics.detection import detection_statistics, paired_differences, valu
 from ldm.metrics.segmentation import mean_of_patients
 
 #: what methods are called in the table
-TITLES = {"partial_noising": "partial noising", "reconstruction": "first stage's reconstruction"}
+TITLES = {
+    "partial_noising": "partial noising",
+    "reconstruction": "first stage's reconstruction",
+    "intensity_scaled": "intensity, scaled by image",
+}
 COLUMNS = (
     ("pixel_auroc", "voxel AUROC"),
     ("pixel_auprc", "voxel AUPRC"),

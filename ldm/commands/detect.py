@@ -155,12 +155,13 @@ def baseline_thresholds(
     That of another channel's intensity, or of another first stage's reconstructions, is none.
     """
     thresholds = {name: one["threshold"] for name, one in baselines.items()}
-    if "intensity" in baselines and baselines["intensity"]["channel"] != channel:
+    foreign = [name for name, one in baselines.items() if one.get("channel", channel) != channel]
+    if foreign:
         logger.warning(
             "The threshold of plain intensity was chosen for %s, so %s has none; tune with intensity_channel=%s.",
-            *(baselines["intensity"]["channel"], channel, channel),
+            *(baselines[foreign[0]]["channel"], channel, channel),
         )
-        thresholds["intensity"] = None
+    thresholds |= dict.fromkeys(foreign)
     rebuilt = baselines.get("reconstruction", {})
     if detector.rebuilds and rebuilt.get(FIRST_STAGE, rebuilder_sha256(detector)) != rebuilder_sha256(detector):
         logger.warning(

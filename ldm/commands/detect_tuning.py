@@ -15,9 +15,9 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.progress import Progress, track
 
-from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map, smoothed
+from ldm.applications.anomaly import SCALES, DetectionOptions, Detector, anomaly_map
 from ldm.applications.cases import Case, gather, load_case, unit_of
-from ldm.applications.detection import Comparison, comparison_of
+from ldm.applications.detection import Comparison, comparison_of, intensity_maps
 from ldm.applications.tuning import (
     LESION,
     best,
@@ -78,8 +78,8 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
     if options.guide != "none":
         baselines["partial_noising"] = best(rows["partial_noising"])[0]
         images_array = np.stack([case.image for case in cases])  # (N, C, *S)
-        intensity = judge(smoothed(images_array[:, channel], options), options, reference)
-        baselines["intensity"] = intensity | {"channel": channel_name(config, detector.model)}
+        for name, maps in intensity_maps(images_array, channel, options).items():
+            baselines[name] = judge(maps, options, reference) | {"channel": channel_name(config, detector.model)}
         if comparison_of(detector, options).reconstruction:
             rebuilt = np.concatenate([detector.reconstructions(image[None]) for image in images_array])
             rebuilding = judge(anomaly_map(images_array, rebuilt, options), options, reference)

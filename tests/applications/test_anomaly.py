@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldm.applications.anomaly import ROUND_TRIP, DetectionOptions, Detector, anomaly_map, find_healthy, image_scores
+from ldm.applications.detection import intensity_maps
 from ldm.data.schema import Covariate
 from ldm.diffusion import guidance
 from ldm.diffusion.continuous import EDMSchedule
@@ -194,3 +195,16 @@ def test_the_classifiers_gradient_is_that_of_finite_differences(schedule):
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(LdmError, match="classifier.network: .* norm_num_groups 32"):
         build_classifier({"latent_shape": [1, 8, 8], "num_classes": 2, "channels": [8, 8]})
+
+
+def test_scaled_intensity_does_not_change_with_the_brightness_of_a_scan():
+    image = np.random.default_rng(0).random((1, 2, 8, 8)).astype(np.float32)
+    one, other = (intensity_maps(x, 1, DetectionOptions()) for x in (image, 0.5 * image + 0.1))
+    np.testing.assert_allclose(other["intensity_scaled"], one["intensity_scaled"], atol=1e-4)
+    np.testing.assert_allclose(other["intensity"], 0.5 * one["intensity"] + 0.1, atol=1e-6)
+    bright = image[0, 1] > image[0, 1].mean()
+    assert one["intensity_scaled"][0][bright].mean() == pytest.approx(0, abs=1e-5)
+    assert (
+        intensity_maps(np.ones((1, 1, 4, 4)), 0, DetectionOptions())["intensity_scaled"].tolist()
+        == np.zeros((1, 4, 4)).tolist()
+    )

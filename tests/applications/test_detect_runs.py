@@ -11,7 +11,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 
-from ldm.applications.detection import Found
+from ldm.applications.detection import INTENSITIES, Found
 from ldm.commands import detect
 from ldm.data.images import read
 from ldm.model.classifier import Classifier
@@ -68,7 +68,7 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     assert {name: chosen[name] for name in ("level", "scale", "threshold")} == {
         name: largest[name] for name in ("level", "scale", "threshold")
     }
-    assert set(chosen["baselines"]) == {"partial_noising", "intensity"}
+    assert set(chosen["baselines"]) == {"partial_noising", *INTENSITIES}
     assert chosen["lesion"] == {"lesion": [1]}
     code, text = ldm(*request, "healthy=1", "out=refused")
     assert code
@@ -157,7 +157,7 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     code, text = ldm(*request, "split=valid", "out=rebuilt", "reconstructed_by=vae/model.safetensors")
     assert not code, text
     metrics = json.loads((tmp_path / "rebuilt/metrics.json").read_text())
-    assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", "intensity"}
+    assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", *INTENSITIES}
     code, text = ldm(*request, "out=refused", f"reconstructed_by={run}/ldm/model.safetensors")
     assert code
 
@@ -166,7 +166,7 @@ def test_tuned_on_validation_and_evaluated_on_test(trained, ldm, tmp_path):
     assert not code, text
     assert "The threshold of plain intensity was chosen for FLAIR, so T1 has none" in text
     metrics = json.loads((tmp_path / "other_channel/metrics.json").read_text())
-    assert metrics["thresholds"]["intensity"] is None
+    assert [metrics["thresholds"][name] for name in INTENSITIES] == [None, None]
     assert metrics["thresholds"]["partial_noising"] is not None
 
 
@@ -337,7 +337,7 @@ def test_a_folder_of_images_without_classifier(trained, ldm, tmp_path, guide, sc
     code, text = ldm(*request, "masks=masks", "out=compared", "threshold=0.4")
     assert not code, text
     metrics = json.loads((tmp_path / "compared/metrics.json").read_text())
-    assert set(metrics["methods"]) == ({"none"} if guide == "none" else {"free", "partial_noising", "intensity"})
+    assert set(metrics["methods"]) == ({"none"} if guide == "none" else {"free", "partial_noising", *INTENSITIES})
     if guide == "free":
         scores = pd.read_csv(tmp_path / "compared/scores.tsv", sep="\t").groupby("diseased")["score"].mean()
         assert scores[1] > scores[0]

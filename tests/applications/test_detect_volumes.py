@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ldm.applications.detection import INTENSITIES
+
 pytestmark = pytest.mark.slow
 
 
@@ -53,13 +55,13 @@ def test_volumes_come_back_in_their_own_space(ldm, tiny, tmp_path, cohort_root):
         expected = nib.as_closest_canonical(one).get_fdata()
         np.testing.assert_allclose(back, expected, atol=0.02 * expected.max())
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", "intensity"}
+    assert set(metrics["methods"]) == {"classifier", "partial_noising", "reconstruction", *INTENSITIES}
     assert "pixel_auroc" not in metrics["methods"]["classifier"]  # no masks
 
     code, text = ldm(*common, "tune=true", "sweep={split: all, levels: [500], scales: [1, 10]}", "lesion=[ventricles]")
     assert not code, text
     entry = json.loads((tmp_path / "runs/simulated/ldm/detection.json").read_text())["guides"]["classifier"]
-    assert set(entry["baselines"]) == {"partial_noising", "reconstruction", "intensity"}
+    assert set(entry["baselines"]) == {"partial_noising", "reconstruction", *INTENSITIES}
     code, text = ldm(*common, "lesion=[ventricle]", "out=refused")
     assert code
     assert "no class 'ventricle'. Did you mean 'ventricles'?" in text
