@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from ldm.applications.anomaly import DetectionOptions
 from ldm.applications.cases import Case
-from ldm.applications.detection import Found, map_of, summary
+from ldm.applications.detection import INTENSITIES, Found, map_of, summary
 from ldm.applications.detection_report import evaluate, markdown
 from ldm.data.draft import Record
 from ldm.errors import LdmError
@@ -161,7 +161,7 @@ def test_a_focal_change_of_healthy_images_is_seen():
     metrics = evaluate(seen, options, {"classifier": 0.1}, resamples=5)
     assert metrics["sanity"]["healthy_change"]["value"] == pytest.approx(0.01)
     assert metrics["sanity"]["healthy_change_p99"]["value"] == pytest.approx(0.5)
-    assert set(metrics["differences"]) == {"intensity"}
+    assert set(metrics["differences"]) == set(INTENSITIES)
     text = markdown(metrics)
     assert "| classifier less | voxel AUROC | image AUROC |" in text
     assert "99th percentile of each | 0.5000 (0.5000 to 0.5000) |" in text
