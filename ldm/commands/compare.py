@@ -20,7 +20,6 @@ from ldm.commands.run import check_counts, plain, section
 from ldm.commands.sample import SAMPLING_KEYS, draw, expect_known_options, sampling_options
 from ldm.commands.sampler_table import device_in_words, seconds_a_sample
 from ldm.commands.stages import cohort_datamodule, prepared, record_inputs
-from ldm.data.cache import content_hash
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.draft import Record
 from ldm.data.preprocessing import Preprocessing
@@ -103,11 +102,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out subjects that every row stands for: images ``(C, *S)``, covariates and records, N each."""
+    """The held-out subjects that every row stands for: images ``(C, *S)``, covariates and records, N each.
+
+    ``content`` is the hash of covariates and of all files, which a model may be given.
+    """
 
     images: Sequence[np.ndarray]
     rows: Sequence[dict[str, Any]]
     records: Sequence[Record]
+    content: str
 
     @classmethod
     def choose(cls, datamodule: CohortDataModule, channels: Sequence[str], n: int | None, seed: int) -> HeldOut:
@@ -122,7 +125,8 @@ class HeldOut:
         order = np.random.default_rng(seed).permutation(len(images))[:n]
         if (lacking := too_few([records[i].subject for i in order])) is not None:
             raise LdmError(f"Of held-out images to compare there are {lacking}. See n and data.split.")
-        return cls(*([values[i] for i in order] for values in (images, rows, records)))
+        chosen = [[values[i] for i in order] for values in (images, rows, records)]
+        return cls(*chosen, datamodule.cohort.content_hash(chosen[-1]))
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -262,7 +266,7 @@ def build_measure(
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "channels": list(recipe.channels),
         "split": datamodule.cohort.split_hash,
-        "records": content_hash(datamodule.cohort.records),
+        "records": datamodule.cohort.content_hash(),
         "subjects": [record.id for record in subjects.records],
         "seed": config.seed,
     }
@@ -339,7 +343,7 @@ def samples_folder(entry: Entry, subjects: HeldOut, config: DictConfig) -> str:
         **entry.key,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "subjects": content_hash(subjects.records),  # covariates, and the files that a model may be given
+        "subjects": subjects.content,
     }
     return file_slug(entry.name, json.dumps(key, sort_keys=True, default=str))
 

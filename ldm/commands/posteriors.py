@@ -14,7 +14,6 @@ from rich.progress import track
 
 from ldm.commands.run import plain, require_file
 from ldm.commands.target import Target
-from ldm.data.cache import content_hash
 from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.labels import LabelClasses
@@ -153,7 +152,7 @@ def posterior_cache(
         "first_stage": first_stage.sha256,
         "preprocessing": datamodule.preprocessing.fingerprint(),
         "cohort": datamodule.cohort.split_hash,
-        "records": content_hash(datamodule.cohort.records),
+        "records": datamodule.cohort.content_hash(),
         "split": split,
         "schema": datamodule.schema.to_dict(),
         "augment": data["augment"] if augmented else None,

@@ -4,9 +4,10 @@
                               images.npy     (n, C, *S), float16 or float32
                               labels.npy     (n, *S), uint8, when the cohort has label maps
 
-The fingerprint names the recipe: preprocessing, ids and stored type. The index holds size and time stamp of
-every source file, so that a cache whose files have changed is noticed and built anew. A cache is built in a
-temporary folder and renamed into place: it is there as a whole or not at all.
+The fingerprint names the recipe: preprocessing, ids and stored type. The index holds the content hash of every
+source image, so that a cache whose images have changed is noticed and built anew, and one whose files were only
+copied elsewhere goes on serving. A cache is built in a temporary folder and renamed into place: it is there as a
+whole or not at all.
 
 float16 is the default. In the range [0, 1] its rounding error is at most 2^-12 = 0.00024 (72 dB below the
 range even if every voxel had it), an eighth of that of 8-bit pictures; it halves disk and page cache.
@@ -31,15 +32,15 @@ import numpy as np
 from rich.progress import track
 
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.stored import split_reference
 from ldm.errors import LdmError
 
 if TYPE_CHECKING:
+    from ldm.data.cohort import Cohort
     from ldm.data.draft import Record
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DTYPES = ("float16", "float32")
 GB = 1e9
 ABANDONED_SECONDS = 24 * 3600
@@ -79,27 +80,28 @@ class VolumeCache:
 
 def open_cache(
     cache_dir: str | Path,
-    records: Sequence[Record],
+    cohort: Cohort,
     preprocessing: Preprocessing,
     dtype: str = "float16",
     limit_gb: float | None = None,
 ) -> VolumeCache | None:
-    """The cache of ``records`` if it is whole and up to date, else None (arguments as for `build_cache`)."""
-    index = _index(records, preprocessing, dtype, limit_gb)
+    """The cache of ``cohort`` if it is whole and up to date, else None (arguments as for `build_cache`)."""
+    index = _index(cohort, preprocessing, dtype, limit_gb)
     return _open(Path(cache_dir) / _fingerprint(index), index)
 
 
 def build_cache(
     cache_dir: str | Path,
-    records: Sequence[Record],
+    cohort: Cohort,
     preprocessing: Preprocessing,
     dtype: str = "float16",
     limit_gb: float | None = None,
     num_workers: int = 1,
     progress: bool = True,
 ) -> VolumeCache:
-    """Open the cache of ``records``, building it if there is none or a source file has changed.
+    """Open the cache of ``cohort``, building it if there is none or an image has changed.
 
+    cohort:        a checked one, which knows the content of its files.
     preprocessing: fitted recipe.
     dtype:         how images are stored, float16 or float32.
     limit_gb:      largest size on disk in GB; records beyond it are not in the cache. None: no limit.
@@ -108,7 +110,7 @@ def build_cache(
 
     Raises LdmError when an image cannot be read, or when the disk has no room.
     """
-    index = _index(records, preprocessing, dtype, limit_gb)
+    index = _index(cohort, preprocessing, dtype, limit_gb)
     folder = Path(cache_dir) / _fingerprint(index)
     cache = _open(folder, index)
     if cache is not None:
@@ -120,7 +122,7 @@ def build_cache(
     _expect_room(folder.parent, index)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
-        _fill(building, records[: index["count"]], preprocessing, index, max(1, num_workers), progress)
+        _fill(building, cohort.records[: index["count"]], preprocessing, index, max(1, num_workers), progress)
         (building / "index.json").write_text(json.dumps(index, indent=1))
         building.chmod(0o755)
         _move_into_place(building, folder, index)
@@ -129,21 +131,11 @@ def build_cache(
     return VolumeCache(folder, index["count"], index["labels"])
 
 
-def content_hash(records: Sequence[Record]) -> str:
-    """SHA-256 over ids, references, covariates and the state (size, time stamp) of the files of ``records``.
-
-    What was derived from ``records`` is out of date when it changes: a row was corrected or moved, a file replaced.
-    """
-    rows = [[record.id, record.references, record.covariates] for record in records]
-    return hashlib.sha256(json.dumps([rows, _signatures(records)]).encode()).hexdigest()
-
-
-def _index(
-    records: Sequence[Record], preprocessing: Preprocessing, dtype: str, limit_gb: float | None
-) -> dict[str, Any]:
-    """What a cache of ``records`` holds: the content of index.json."""
+def _index(cohort: Cohort, preprocessing: Preprocessing, dtype: str, limit_gb: float | None) -> dict[str, Any]:
+    """What a cache of ``cohort`` holds: the content of index.json."""
     if dtype not in DTYPES:
         raise LdmError(f"data.cache_dtype: '{dtype}' is not legal. Legal: {', '.join(DTYPES)}.")
+    records = cohort.records
     labels = all(record.labels is not None for record in records) and len(records) > 0
     shape = preprocessing.image_shape
     item_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize + labels * int(np.prod(shape[1:]))
@@ -158,25 +150,12 @@ def _index(
         "count": count,
         "bytes": count * item_bytes,
         "ids": [record.id for record in held],
-        "sources": _signatures(held),
+        "sources": [cohort.contents_of(record) for record in held],
     }
 
 
-def _signatures(records: Sequence[Record]) -> list[list[Any]]:
-    """[path, bytes, time stamp in ns] of every file that the records name, once each."""
-    paths = {split_reference(reference)[0] for record in records for reference in record.references}
-    signatures = []
-    for path in sorted(paths):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise LdmError(f"{path}: cannot be read ({error.strerror}). Check data.root and data.image.") from error
-        signatures.append([str(path), stat.st_size, stat.st_mtime_ns])
-    return signatures
-
-
 def _fingerprint(index: dict[str, Any]) -> str:
-    """Folder name: everything that is asked for; the state of the source files is compared, not named."""
+    """Folder name: everything that is asked for; the content of the source images is compared, not named."""
     asked = {key: value for key, value in index.items() if key != "sources"}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def check_cohort(
     warnings = list(dict.fromkeys(warnings))
     left_out = sorted({fault.record for fault in faults if fault.record}) if draft.leave_out else []
     stops = any(not draft.leave_out or fault.record is None for fault in faults)
+    if cohort is not None:
+        cohort = replace(cohort, contents={ref: one.content for ref, one in files.items()})
     facts = {
         **_summary(draft, cohort, files, multiple),
         "files": len(files),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Cohort:
         records: in the order of the table.
         schema: covariates, fitted on the training split.
         seed: seed of the split; ``None`` when a column of the table decides.
+        contents: reference -> hash of what the file holds, where it has been read (`ldm.data.checks`).
     """
 
     name: str
@@ -42,6 +44,7 @@ class Cohort:
     records: tuple[Record, ...]
     schema: CovariateSchema
     seed: int | None = None
+    contents: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_config(cls, data_cfg: Mapping[str, Any] | DictConfig) -> Cohort:
@@ -69,6 +72,20 @@ class Cohort:
         """SHA-256 over the sorted lines ``subject<TAB>split``: equal when two runs share their split."""
         lines = sorted({f"{record.subject}\t{record.split}\n" for record in self.records})
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def contents_of(self, record: Record) -> list[str]:
+        """Hashes of what the files of a record hold, wherever they lie; the cohort must have been checked."""
+        return [self.contents[reference] for reference in record.references]
+
+    def content_hash(self, records: Iterable[Record] | None = None) -> str:
+        """SHA-256 over ids, covariates and the content of the files of ``records``, by default of all.
+
+        What was derived from them is out of date when it changes: a row was corrected or moved, an image replaced.
+        A copy of the files in another folder, as jobs make on the disk of a node, has the same.
+        """
+        chosen = self.records if records is None else records
+        rows = [[record.id, self.contents_of(record), record.covariates] for record in chosen]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def split(self, name: str) -> list[Record]:
         """Return the records of ``train``, ``valid`` or ``test``."""

@@ -258,7 +258,7 @@ class CohortDataModule(OrderedDataModule):
     def _cache_arguments(self) -> tuple[Any, ...]:
         return (
             self.cache_dir,
-            self.cohort.records,
+            self.cohort,
             self.preprocessing,
             self.config["cache_dtype"],
             self.config["cache_gb"],

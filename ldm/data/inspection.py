@@ -65,6 +65,11 @@ class FileFacts:
     values: tuple[int, ...] = ()
 
     @property
+    def content(self) -> str:
+        """Hash of all that preprocessing sees of a file: values, shape, and where its voxels lie."""
+        return hashlib.sha256(repr((self.digest, self.affine, self.volume_affine)).encode()).hexdigest()
+
+    @property
     def spacing(self) -> tuple[float, ...] | None:
         """Voxel size in mm along the axes nearest to R, A and S; ``None`` without an affine."""
         if self.affine is None:

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data import cache as cache_module
-from ldm.data.cache import build_cache, content_hash, open_cache
+from ldm.data.cache import build_cache, open_cache
+from ldm.data.checks import check_cohort
 from ldm.data.cohort import Cohort
 from ldm.data.datamodule import CohortDataModule
 from ldm.data.preprocessing import Preprocessing
@@ -67,9 +68,9 @@ def ready(data_cfg: dict, **settings) -> CohortDataModule:
     return module
 
 
-def fitted(data_cfg: dict) -> tuple[list, Preprocessing]:
-    records = list(Cohort.from_config(data_cfg).records)
-    return records, Preprocessing.from_config(data_cfg, 8).fit(records)
+def fitted(data_cfg: dict) -> tuple[Cohort, Preprocessing]:
+    cohort = check_cohort(data_cfg, progress=False).cohort
+    return cohort, Preprocessing.from_config(data_cfg, 8).fit(cohort.records)
 
 
 def test_items_are_what_the_interface_promises(data_cfg: dict) -> None:
@@ -211,16 +212,16 @@ def test_patches_are_cut_from_training_images_only(data_cfg: dict) -> None:
 
 
 def test_cache_is_reused_and_rebuilt_when_a_source_or_the_recipe_changes(data_cfg: dict, monkeypatch) -> None:
-    records, prep = fitted(data_cfg)
+    cohort, prep = fitted(data_cfg)
     loads = []
     original = Preprocessing.load
     monkeypatch.setattr(
         Preprocessing, "load", lambda self, record: (loads.append(record.id), original(self, record))[1]
     )
 
-    def build(**settings):
+    def build(cohort=cohort, prep=prep, **settings):
         loads.clear()
-        return build_cache(data_cfg["cache_dir"], records, settings.pop("prep", prep), progress=False, **settings)
+        return build_cache(data_cfg["cache_dir"], cohort, prep, progress=False, **settings)
 
     cache = build()
     assert len(loads) == N
@@ -229,47 +230,60 @@ def test_cache_is_reused_and_rebuilt_when_a_source_or_the_recipe_changes(data_cf
     assert cache.image(3).shape == prep.image_shape
 
     old = cache.image(0)
-    path = Path(records[0].images["image"])
+    path = Path(cohort.records[0].images["image"])
     changed = nib.Nifti1Image(np.asarray(nib.load(path).dataobj)[::-1], nib.load(path).affine)
     nib.save(changed, path)
-    os.utime(path, ns=(1, 1))
-    assert open_cache(data_cfg["cache_dir"], records, prep) is None
-    assert not np.array_equal(build().image(0), old)
+    mirrored, _ = fitted(data_cfg)
+    assert open_cache(data_cfg["cache_dir"], mirrored, prep) is None
+    assert not np.array_equal(build(mirrored).image(0), old)
     assert len(loads) == N
 
-    other = Preprocessing.from_config(data_cfg | {"intensity": {"range": [-1, 1]}}, 8).fit(records)
-    assert build(prep=other).image(0).min() == -1
+    other = Preprocessing.from_config(data_cfg | {"intensity": {"range": [-1, 1]}}, 8).fit(cohort.records)
+    assert build(mirrored, other).image(0).min() == -1
     assert len(loads) == N
-    assert build(dtype="float32").image(0).min() == 0
+    assert build(mirrored, dtype="float32").image(0).min() == 0
     assert len(loads) == N
     assert not [p.name for p in Path(data_cfg["cache_dir"]).iterdir() if p.name.startswith(".")]
 
 
-def test_content_changes_with_a_covariate_an_order_or_a_file(data_cfg: dict) -> None:
+def test_a_copy_of_the_files_elsewhere_is_the_same_cohort(data_cfg: dict, tmp_path: Path) -> None:
+    """A job that copies its data to the disk of its node finds cache and latents again, and its run goes on."""
+    cohort, prep = fitted(data_cfg)
+    folder = build_cache(data_cfg["cache_dir"], cohort, prep, progress=False).folder
+    shutil.copytree(data_cfg["root"], tmp_path / "scratch", copy_function=shutil.copyfile)  # with new time stamps
+    copied, _ = fitted(data_cfg | {"root": str(tmp_path / "scratch")})
+    assert copied.content_hash() == cohort.content_hash()
+    assert open_cache(data_cfg["cache_dir"], copied, prep).folder == folder
+
+
+def test_content_changes_with_a_covariate_an_order_a_value_or_a_place(data_cfg: dict) -> None:
     """Latents are cached under it, so that a corrected table or a replaced scan is encoded anew."""
-    records = list(Cohort.from_config(data_cfg).records)
-    before = content_hash(records)
-    assert content_hash(list(records)) == before
+    cohort, _ = fitted(data_cfg)
+    before, records = cohort.content_hash(), cohort.records
+    assert cohort.content_hash(list(records)) == before
     corrected = replace(records[0], covariates={**records[0].covariates, "age": 1.0})
+    assert cohort.content_hash([corrected, *records[1:]]) != before
+    assert cohort.content_hash(records[::-1]) != before
     path = Path(next(iter(records[0].images.values())))
-    assert content_hash([corrected, *records[1:]]) != before
-    assert content_hash(records[::-1]) != before
-    os.utime(path, ns=(1, 1))
-    assert content_hash(records) != before
+    image = nib.load(path)
+    moved = image.affine + np.diag([0, 0, 1e-3, 0])
+    for array, affine in ((np.asarray(image.dataobj) + 1e-3, image.affine), (image.dataobj, moved)):
+        nib.save(nib.Nifti1Image(np.asarray(array, np.float32), affine), path)
+        assert fitted(data_cfg)[0].content_hash() != before
 
 
 def test_a_damaged_cache_is_built_anew_and_a_failed_one_leaves_nothing(data_cfg: dict) -> None:
-    records, prep = fitted(data_cfg)
-    cache = build_cache(data_cfg["cache_dir"], records, prep, progress=False)
+    cohort, prep = fitted(data_cfg)
+    cache = build_cache(data_cfg["cache_dir"], cohort, prep, progress=False)
     with (cache.folder / "images.npy").open("r+b") as file:
         file.truncate(1000)
-    assert open_cache(data_cfg["cache_dir"], records, prep) is None
-    assert build_cache(data_cfg["cache_dir"], records, prep, progress=False).image(0).max() == 1
+    assert open_cache(data_cfg["cache_dir"], cohort, prep) is None
+    assert build_cache(data_cfg["cache_dir"], cohort, prep, progress=False).image(0).max() == 1
     shutil.rmtree(data_cfg["cache_dir"])
-    path = Path(records[5].images["image"])
+    path = Path(cohort.records[5].images["image"])
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(LdmError, match=r"s05\.nii\.gz"):
-        build_cache(data_cfg["cache_dir"], records, prep, progress=False)
+        build_cache(data_cfg["cache_dir"], cohort, prep, progress=False)
     assert list(Path(data_cfg["cache_dir"]).iterdir()) == []
 
 
@@ -286,19 +300,19 @@ def test_what_a_killed_build_left_is_removed_in_time(data_cfg: dict) -> None:
 
 
 def test_cache_limit_and_pickling(data_cfg: dict, monkeypatch) -> None:
-    records, prep = fitted(data_cfg)
+    cohort, prep = fitted(data_cfg)
     one_gb = int(np.prod(prep.image_shape)) * 3 / 1e9  # float16 image and uint8 labels
-    cache = build_cache(data_cfg["cache_dir"], records, prep, limit_gb=5.5 * one_gb, progress=False)
+    cache = build_cache(data_cfg["cache_dir"], cohort, prep, limit_gb=5.5 * one_gb, progress=False)
     assert [index in cache for index in (0, 4, 5)] == [True, True, False]
     cache.image(0)
     assert len(pickle.dumps(cache)) < 1000
     assert (pickle.loads(pickle.dumps(cache)).image(4) == cache.image(4)).all()
-    assert 0 not in build_cache(data_cfg["cache_dir"], records, prep, limit_gb=0, progress=False)
+    assert 0 not in build_cache(data_cfg["cache_dir"], cohort, prep, limit_gb=0, progress=False)
     module = ready(data_cfg | {"cache_gb": 5.5 * one_gb})
     assert sorted(index for batch in module.train_dataloader() for index in batch["index"].tolist()) == list(range(8))
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(LdmError, match="cache_gb"):
-        build_cache(data_cfg["cache_dir"], records, prep, dtype="float32", progress=False)
+        build_cache(data_cfg["cache_dir"], cohort, prep, dtype="float32", progress=False)
 
 
 def test_a_second_process_arrives_at_the_same_data(data_cfg: dict) -> None:
