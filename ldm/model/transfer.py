@@ -148,8 +148,7 @@ def map_planes(
         one.network.state_dict()[CONV_IN].shape[1] - patch * one.network.conditioners.plane_channels
         for one in (model, other)
     )  # latent and position channels stand first
-    shared = min(before, their_before)
-    columns = [(slice(0, shared), slice(0, shared))]
+    columns = _latent_and_position_blocks(model, other, before, their_before)
     starts, their_starts = (_plane_starts(one, start, patch) for one, start in ((ours, before), (theirs, their_before)))
     for name in ours:
         way = _way_of_planes(ours[name])
@@ -196,6 +195,22 @@ def _way_of_planes(conditioner: Conditioner) -> str | None:
     if conditioner.plane_channels:
         return "input"
     return "spade" if conditioner.spade_channels else None
+
+
+def _latent_and_position_blocks(
+    model: LatentDiffusionModel, other: LatentDiffusionModel, before: int, their_before: int
+) -> list[tuple[slice, slice]]:
+    """Latent channels, and behind them those of each axis: its coordinate, then a pair for each of the frequencies."""
+    axes = model.network.denoiser.spatial_dims
+    ours, theirs = (one.network.denoiser.position_frequencies for one in (model, other))
+    width, their_width = (1 + 2 * frequencies if frequencies else 0 for frequencies in (ours, theirs))
+    latents, their_latents = before - axes * width, their_before - axes * their_width
+    blocks = [(slice(0, latents), slice(0, their_latents))]
+    shared = min(width, their_width)
+    for axis in range(axes):
+        here, there = latents + axis * width, their_latents + axis * their_width
+        blocks.append((slice(here, here + shared), slice(there, there + shared)))
+    return blocks
 
 
 def _plane_starts(conditioners: Conditioners, start: int, patch: int) -> dict[str, int]:

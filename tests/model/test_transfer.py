@@ -17,7 +17,7 @@ SEX = Covariate("sex", "categorical", levels=("F", "M"))
 VOLUME = Covariate("volume", "continuous", "mm3", (0.0, 10.0))
 
 
-def model(schema, mode, channels=3, seed=0, patch_size=1, **settings):
+def model(schema, mode, channels=3, seed=0, network=None, **settings):
     torch.manual_seed(seed)
     header = {
         "cohort": "test",
@@ -31,7 +31,7 @@ def model(schema, mode, channels=3, seed=0, patch_size=1, **settings):
             "attention_levels": [False, True],
             "norm_num_groups": 16,
             "num_head_channels": 16,
-            "patch_size": patch_size,
+            **(network or {}),
         },
         "condition": {"mode": mode, "dim": 8, "drop_rate": 0.1, "drop_all_rate": 0.1},
         "schedule": {"beta_schedule": "linear"},
@@ -54,12 +54,12 @@ def model(schema, mode, channels=3, seed=0, patch_size=1, **settings):
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_covariates_are_mapped_by_name(tmp_path, mode, patch_size):
-    source = model([AGE, SEX], mode, patch_size=patch_size)
+    source = model([AGE, SEX], mode, network={"patch_size": patch_size})
     source.save(tmp_path / "m.safetensors")
     wider = (
         Covariate("age", "continuous", "years", (20.0, 100.0)) if mode in ("adaptive_norm", "cross_attention") else AGE
     )
-    target = model([VOLUME, SEX, wider], mode, seed=5, patch_size=patch_size)
+    target = model([VOLUME, SEX, wider], mode, seed=5, network={"patch_size": patch_size})
     code = (48.0 - wider.range[0]) / (wider.range[1] - wider.range[0])  # the same 48 years: 0.2 of the source's range
     start_from(target, tmp_path / "m.safetensors")
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
@@ -72,6 +72,17 @@ def test_covariates_are_mapped_by_name(tmp_path, mode, patch_size):
     if mode == "cross_attention":
         known, mapped = (m.network.conditioners.covariates.tokens for m in (source, target))
         torch.testing.assert_close(mapped[2](torch.tensor([code])), known[0](torch.tensor([0.2])))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (0, 2)])
+def test_more_frequencies_of_position_start_without_influence(tmp_path, theirs, ours):
+    source = model([AGE], "concat", network={"position_frequencies": theirs})
+    source.save(tmp_path / "m.safetensors")
+    target = model([AGE], "concat", seed=5, network={"position_frequencies": ours})
+    start_from(target, tmp_path / "m.safetensors")
+    x, t, asked = torch.randn(2, 3, 8, 8), torch.tensor([10, 700]), {"covariates": torch.tensor([[0.2]] * 2)}
+    with torch.no_grad():
+        torch.testing.assert_close(target.network(x, t, asked), source.network(x, t, asked), rtol=1e-4, atol=1e-4)
 
 
 def test_a_range_that_planes_do_not_follow_is_told(tmp_path, caplog):
@@ -96,7 +107,7 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
     with pytest.raises(LdmError, match="diffuses 3 latent channels, this model 2"):
         start_from(model([AGE], "concat", channels=2), tmp_path / "m.safetensors")
     with pytest.raises(LdmError, match="sees 1 latent voxels as one, this model 4"):
-        start_from(model([AGE], "concat", patch_size=2), tmp_path / "m.safetensors")
+        start_from(model([AGE], "concat", network={"patch_size": 2}), tmp_path / "m.safetensors")
 
 
 def test_a_saved_model_samples_the_same(tmp_path):
