@@ -43,13 +43,14 @@ from ldm.precision import autocast
 
 GUIDES = ("classifier", "free", "none")
 REDUCTIONS = ("sum", "mean")
+CHANGES = ("both", "brighter", "darker")
 SCORES = ("mean", "p99", "max")
 #: What a level of a covariate is called where it means "healthy".
 HEALTHY_WORDS = ("0", "healthy", "normal", "control", "no", "false")
 #: s where nothing was chosen: Wolleb et al. 2022 for a classifier; a common scale for classifier-free guidance
 SCALES = {"classifier": 100.0, "free": 3.0, "none": 0.0}
 #: Options of maps and scores alone, which counterparts do not depend on.
-MAP_OPTIONS = ("channels", "smoothing", "score")
+MAP_OPTIONS = ("channels", "change", "smoothing", "score")
 #: In place of a scale: decode as was encoded, without guidance.
 ROUND_TRIP = None
 
@@ -65,7 +66,9 @@ class DetectionOptions:
         steps: moves of the whole chain, of which those that start at level L or below are walked.
         timestep_spacing: of the chain.
         encode_as: level of the class that the way in is told (``free`` only); None for the null.
-        channels: ``sum`` (the paper) or ``mean`` of the channels' absolute differences.
+        channels: ``sum`` (the paper) or ``mean`` of the channels' differences, or the name of the channel that counts.
+        change: what is a difference: ``both`` ways (the paper), or only what is ``brighter`` or ``darker`` than in the
+            healthy counterpart, where it is known how the lesions look.
         smoothing: standard deviation, in voxels, of a Gaussian that the map is smoothed with; 0 for none.
         score: of an image: ``mean``, 99th percentile (``p99``) or ``max`` of its map.
 
@@ -80,12 +83,13 @@ class DetectionOptions:
     timestep_spacing: str = "trailing"
     encode_as: str | None = None
     channels: str = "sum"
+    change: str = "both"
     smoothing: float = 0.0
     score: str = "p99"
 
     def __post_init__(self) -> None:
         check_choice("guide", self.guide, GUIDES)
-        check_choice("channels", self.channels, REDUCTIONS)
+        check_choice("change", self.change, CHANGES)
         check_choice("score", self.score, SCORES)
         check_count("steps", self.steps)
         check_number("smoothing", self.smoothing, 0, math.inf, "0 (none) or a standard deviation in voxels")
@@ -155,10 +159,11 @@ class Detector:
         """Refuse what the model cannot be asked, before any image is read.
 
         Raises:
-            LdmError: no classifier for ``classifier``; a model that does not know the class, for ``free``; a null that
-                was never trained; a level outside the chain.
+            LdmError: no such channel; no classifier for ``classifier``; a model that does not know the class, for
+                ``free``; a null that was never trained; a level outside the chain.
         """
         self.grid(options)
+        check_choice("channels", options.channels, (*REDUCTIONS, *self.model.preprocessing.channels))
         conditioners = self.model.network.conditioners
         if options.guide == "classifier" and self.classifier is None:
             raise LdmError("guide=classifier needs a classifier: ldm train-classifier, or guide=free or none.")
@@ -284,13 +289,21 @@ class Detector:
         return self.model.encode_condition([row] * count)
 
 
-def anomaly_map(images: np.ndarray, counterparts: np.ndarray, options: DetectionOptions) -> np.ndarray:
-    """``|image - counterpart|`` over the channels, smoothed as the options say: ``(B, C, *S)`` twice -> ``(B, *S)``.
+def anomaly_map(
+    images: np.ndarray, counterparts: np.ndarray, options: DetectionOptions, names: Sequence[str] = ()
+) -> np.ndarray:
+    """How images differ from their counterparts, smoothed as the options say: ``(B, C, *S)`` twice -> ``(B, *S)``.
 
-    Each channel counts in units of the model's intensity range.
+    Each channel counts in units of the model's intensity range; ``names`` are theirs, for options that name one.
     """
-    difference = np.abs(np.asarray(images, np.float32) - counterparts)  # (B, C, *S)
-    return smoothed(difference.sum(1) if options.channels == "sum" else difference.mean(1), options)
+    difference = np.asarray(images, np.float32) - counterparts  # (B, C, *S)
+    if options.change == "both":
+        difference = np.abs(difference)
+    else:
+        difference = np.maximum(difference if options.change == "brighter" else -difference, 0)
+    if options.channels in REDUCTIONS:
+        return smoothed(difference.sum(1) if options.channels == "sum" else difference.mean(1), options)
+    return smoothed(difference[:, list(names).index(options.channels)], options)
 
 
 def smoothed(maps: np.ndarray, options: DetectionOptions) -> np.ndarray:

@@ -46,6 +46,11 @@ class Case:
     mask: np.ndarray | None = None
     diseased: bool | None = None
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the image's channels, in their order."""
+        return tuple(self.record.images)
+
 
 @dataclass(frozen=True)
 class Truth:

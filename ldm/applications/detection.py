@@ -86,6 +86,7 @@ def comparison_of(detector: Detector, options: DetectionOptions, level: float | 
         steps=options.steps,
         timestep_spacing=options.timestep_spacing,
         channels=options.channels,
+        change=options.change,
         smoothing=options.smoothing,
         score=options.score,
     )
@@ -162,7 +163,7 @@ def look_again(record: Record, preprocessing: Preprocessing, truth: Truth, folde
 
 def map_of(found: Found, options: DetectionOptions, name: str = "healthy") -> np.ndarray:
     """Anomaly map ``(*S)`` against one of the arrays of `Found`."""
-    return anomaly_map(found.case.image[None], getattr(found, name)[None], options)[0]
+    return anomaly_map(found.case.image[None], getattr(found, name)[None], options, found.case.channels)[0]
 
 
 def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channel: int) -> Seen:
@@ -178,11 +179,12 @@ def summary(found: Found, anomaly: np.ndarray, options: DetectionOptions, channe
     maps |= {name: map_of(found, options, name) for name in METHODS if getattr(found, name) is not None}
     if found.round_trip is not None:
         maps |= {name: one[0] for name, one in intensity_maps(case.image[None], channel, options).items()}
+        changed = anomaly_map(found.round_trip[None], found.healthy[None], options, case.channels)  # (1, *S)
         sanity = {
             "error": float(np.abs(case.image - found.round_trip).mean()),
             "unguided": float(map_of(found, options, "round_trip").mean()),
             "guided": float(anomaly.mean()),
-            "change_p99": float(np.percentile(anomaly_map(found.round_trip[None], found.healthy[None], options), 99)),
+            "change_p99": float(np.percentile(changed, 99)),
         }
     return Seen(case.record, case.mask, case.diseased, maps, sanity)
 
@@ -194,14 +196,15 @@ def intensity_maps(images: np.ndarray, channel: int, options: DetectionOptions) 
     """The simplest maps of all, ``(N, *S)`` each: one channel of images ``(N, C, *S)``, blurred as other maps are.
 
     ``intensity`` as it is; ``intensity_scaled`` less the mean, over the standard deviation, of what is brighter than
-    the image's mean, as the brightness of scans differs from one to the next.
+    the image's mean, as the brightness of scans differs from one to the next. Darker is more where the options say so.
     """
     plain = images[:, channel].astype(np.float32)  # (N, *S), a copy: a view would keep the images
     scaled = np.empty_like(plain)
     for one, image in zip(scaled, plain, strict=True):
         bright = image[image > image.mean()]
         one[...] = (image - bright.mean()) / max(float(bright.std()), 1e-6) if bright.size else 0.0
-    return {name: smoothed(one, options) for name, one in zip(INTENSITIES, (plain, scaled), strict=True)}
+    sign = -1 if options.change == "darker" else 1
+    return {name: sign * smoothed(one, options) for name, one in zip(INTENSITIES, (plain, scaled), strict=True)}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

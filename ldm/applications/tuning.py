@@ -95,7 +95,7 @@ def sweep(
             indices = range(start, start + len(images))
             found = detector.counterparts(images, at_level, scales, indices, seed)
             for one, counterparts in zip(maps, found, strict=True):
-                one.append(anomaly_map(images, counterparts, options))
+                one.append(anomaly_map(images, counterparts, options, cases[0].channels))
             progress(len(images) * len(scales))
         for scale, one in zip(scales, maps, strict=True):
             rows.append({"level": level, "scale": scale, **judge(np.concatenate(one), options, reference)})
@@ -148,6 +148,7 @@ def read_choices(model_path: Path, classifier_sha256: str | None, guide: str, tr
         entry, of_model = stored["guides"].get(guide), stored["model_sha256"]
         if entry is not None:
             entry["images"]["subjects"], entry["images"]["files"], entry["images"]["unit"]
+            entry["options"] = {**settled(DetectionOptions()), **entry["options"]}  # older: less was to be chosen
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise LdmError(f"{path} is not what tune=true writes; remove it or tune again.") from error
     remedy = REMEDY.format(guide=guide)

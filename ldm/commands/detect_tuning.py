@@ -82,7 +82,7 @@ def tune(config: DictConfig, detector: Detector, path: Path, channel: int) -> Pa
             baselines[name] = judge(maps, options, reference) | {"channel": channel_name(config, detector.model)}
         if comparison_of(detector, options).reconstruction:
             rebuilt = np.concatenate([detector.reconstructions(image[None]) for image in images_array])
-            rebuilding = judge(anomaly_map(images_array, rebuilt, options), options, reference)
+            rebuilding = judge(anomaly_map(images_array, rebuilt, options, cases[0].channels), options, reference)
             baselines["reconstruction"] = rebuilding | {FIRST_STAGE: rebuilder_sha256(detector)}
     entry = {
         "classifier_sha256": classifier_sha256(detector),

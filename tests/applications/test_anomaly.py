@@ -32,6 +32,7 @@ class TwoGaussians:
     device = torch.device("cpu")
     header = {"condition": {"drop_all_rate": 0.1}, "first_stage": {"kind": "identity"}}  # noqa: RUF012
     schema = SimpleNamespace(names=("diseased",))
+    preprocessing = SimpleNamespace(channels=("image",))
     network = SimpleNamespace(conditioners={"covariates": None})
     first_stage, latent_space = IdentityAutoencoder(2), LatentSpace.identity(1)
 
@@ -125,6 +126,7 @@ def test_what_cannot_be_asked_is_refused():
     for options, message in (
         ({"level": 1000}, "level is 1000; legal: 9 .* to 999"),
         ({"level": 5}, "level is 5; legal: 9"),
+        ({"channels": "FLAIR"}, "channels 'FLAIR' is not known; legal: sum, mean, image"),
     ):
         with pytest.raises(LdmError, match=message):
             one.check(DetectionOptions(**options))
@@ -149,6 +151,14 @@ def test_maps_add_channels_and_smooth_space():
     other[0, :, 2, 2] = (0.5, -0.25)
     assert anomaly_map(images, other, DetectionOptions())[0, 2, 2] == pytest.approx(0.75)
     assert anomaly_map(images, other, DetectionOptions(channels="mean"))[0, 2, 2] == pytest.approx(0.375)
+    for channels, change, value in (
+        ("sum", "brighter", 0.25),
+        ("sum", "darker", 0.5),
+        ("FLAIR", "both", 0.25),
+        ("FLAIR", "darker", 0),
+    ):
+        options = DetectionOptions(channels=channels, change=change)
+        assert anomaly_map(images, other, options, ("T1", "FLAIR"))[0, 2, 2] == pytest.approx(value)
     smooth = anomaly_map(images, other, DetectionOptions(smoothing=1.0))
     assert smooth.sum() == pytest.approx(0.75, rel=0.05)
     assert smooth[0, 2, 2] < 0.2
