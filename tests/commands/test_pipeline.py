@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib import metadata
 
 import nibabel as nib
@@ -256,7 +257,7 @@ def test_a_sample_does_not_depend_on_its_batch(trained):
         model.sample({"age": 60}, num_inference_step=3)
 
 
-def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(trained, ldm):
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(trained, ldm, cohort_root, tmp_path):
     folder, common = trained
     request = ("train-ldm", *common, "trainer.val_every=6")
     model = folder / "simulated/ldm/model.safetensors"
@@ -267,7 +268,12 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(trained, ldm):
     assert not code, text
     assert "Going on at step 12" in text
     assert LatentDiffusionModel.load(model).header["steps"] == 14
-    code, text = ldm(*request, "trainer.max_steps=16", "ldm.prediction_type=epsilon")
+    shutil.copytree(cohort_root, tmp_path / "scratch", copy_function=shutil.copyfile)  # with new time stamps
+    code, text = ldm(*request, "trainer.max_steps=16", f"data.root={tmp_path / 'scratch'}")
+    assert not code, text
+    assert "Going on at step 14" in text
+    assert "encoding" not in text
+    code, text = ldm(*request, "trainer.max_steps=18", "ldm.prediction_type=epsilon")
     assert code
     assert "prediction_type is epsilon now, was v_prediction" in text
 
