@@ -83,6 +83,16 @@ def is_volume(ref: str) -> bool:
     return whole and 1 not in read_header(path).shape[1:]
 
 
+def count_slices(path: Path, plane: str) -> int:
+    """How many slices a volume has across a plane.
+
+    Raises:
+        LdmError: the file cannot be read.
+    """
+    header = read_header(path)
+    return header.shape[1:][_ras_order(header.affine)[PLANES[plane]]]
+
+
 def told_slices(path: Path, plane: str) -> list[int]:
     """Numbers of the slices of a volume that show something: in the others every voxel is the same.
 
