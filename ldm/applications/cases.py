@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ldm.applications.slicing import REMEDY
 from ldm.data.draft import Record
 from ldm.data.geometry import Geometry
 from ldm.data.labels import LabelClasses
@@ -154,6 +155,7 @@ def folder_records(
     masks: Path | None = None,
     table: Path | None = None,
     out: Path | None = None,
+    volumes: bool = False,
 ) -> list[Record]:
     """Records of the images in a folder: ``NAME.nii.gz`` of one channel, ``NAME_CHANNEL.nii.gz`` of several.
 
@@ -166,13 +168,14 @@ def folder_records(
         table: ``participant_id`` (NAME), perhaps a column of the target's name, perhaps ``subject``. Without it a case
             is diseased if its mask has a lesion, and a subject of its own.
         out: of results; where it lies below one of the folders, what is in it are no images and no masks.
+        volumes: whether a model of 2-D images is given volumes, of which slices are cut.
 
     Raises:
         LdmError: no image, a volume for a model of 2-D images, a case without one of the sequences, a case without
             mask, or one that the table lacks.
     """
     files = _channel_files(folder, preprocessing, out)
-    if preprocessing.spatial_dims == 2:
+    if preprocessing.spatial_dims == 2 and not volumes:
         _expect_no_volumes(folder, [path for channels in files.values() for path in channels.values()])
     names = sorted(files)
     labels = {} if masks is None else _mask_files(masks, names, out)
@@ -197,11 +200,9 @@ def folder_records(
 def _expect_no_volumes(folder: Path, files: Sequence[Path]) -> None:
     volumes = [path for path in files if is_volume(str(path))]
     if volumes:
-        path = volumes[0]
         raise LdmError(
-            f"images={folder}: {path.name} is a volume, as {len(volumes)} of {len(files)} files there are, and this "
-            "model is of 2-D images. Write the slices to look at as files, in Python: from ldm.data.images import "
-            f'read, write; write("{_stem(path)}_axial080.npy", read("{path}::axial[80]").array).'
+            f"images={folder}: {volumes[0].name} is a volume, as {len(volumes)} of {len(files)} files there are, and "
+            f"this model is of 2-D images. {REMEDY}."
         )
 
 

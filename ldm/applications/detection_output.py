@@ -44,20 +44,30 @@ def write_case(
     """
     name, is_volume = case.record.id, preprocessing.spatial_dims == 3
     suffix = ".nii.gz" if is_volume else ".png"
-    channels = preprocessing.channels
-    one_file = len(channels) == 1 or preprocessing.is_rgb
-    paths = [folder / f"{name}_healthy{suffix}"]
-    if not one_file:
-        paths = [folder / f"{name}_healthy_{channel}{suffix}" for channel in channels]
-    for path, part in zip(paths, np.split(counterpart, len(paths)), strict=True):
-        images.write(path, preprocessing.restore(part, case.geometry))
+    endings = counterpart_endings(preprocessing)
+    for ending, part in zip(endings, np.split(counterpart, len(endings)), strict=True):
+        images.write(folder / f"{name}_{ending}{suffix}", preprocessing.restore(part, case.geometry))
     map_path = folder / f"{name}_anomaly{'.nii.gz' if is_volume else '.npy'}"
     images.write(map_path, restore_map(preprocessing, anomaly, case))
     lesion_path = folder / f"{name}_lesion{suffix}"
     if threshold is None:
         lesion_path.unlink(missing_ok=True)  # of a threshold that there was before
     else:
-        images.write(lesion_path, preprocessing.restore(anomaly > threshold, case.geometry, labels=True))
+        images.write(lesion_path, restore_lesion(preprocessing, anomaly, case, threshold))
+
+
+def counterpart_endings(preprocessing: Preprocessing) -> list[str]:
+    """What the files of a counterpart end in: one of all channels of a picture, or one a channel."""
+    if len(preprocessing.channels) == 1 or preprocessing.is_rgb:
+        return ["healthy"]
+    return [f"healthy_{channel}" for channel in preprocessing.channels]
+
+
+def restore_lesion(
+    preprocessing: Preprocessing, anomaly: np.ndarray, case: Case, threshold: float
+) -> nib.Nifti1Image | np.ndarray:
+    """Where a map ``(*S)`` is above the threshold, in the input's space; 2-D: uint8 ``(H, W)``."""
+    return preprocessing.restore(anomaly > threshold, case.geometry, labels=True)
 
 
 def restore_map(preprocessing: Preprocessing, anomaly: np.ndarray, case: Case) -> nib.Nifti1Image | np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import torch
 
 from ldm.applications.segmentation import Result, read_result, volumes, write_volumes
 from ldm.applications.segmentation_sources import EnsembleSource
+from ldm.applications.slicing import FOLDER, named_stacks
 from ldm.data import images
-from ldm.data.draft import Record, is_safe_name
+from ldm.data.draft import Record
 from ldm.data.stacks import Cut, put_back
 
-FOLDER, TABLE = "stacked", "volumes.tsv"
+TABLE = "volumes.tsv"
 
 
 def stack_results(out: Path, records: Sequence[Record], source: EnsembleSource) -> Path | None:
@@ -45,30 +45,6 @@ def stack_results(out: Path, records: Sequence[Record], source: EnsembleSource) 
         return None
     write_volumes(out / FOLDER / TABLE, rows)
     return out / FOLDER
-
-
-def named_stacks(records: Sequence[Record]) -> dict[str, tuple[Cut, dict[int, Record]]]:
-    """Name of a volume -> one of its cuts, and its records by number of the slice.
-
-    A record that is called ``NAME_axial040``, as ``data.slices`` does, is of ``NAME``, any other of its subject, or of
-    its own name where that of the subject is not safe as a file name; further volumes of one name are numbered. The
-    first image of a record says where it was cut.
-    """
-    stacks: dict[tuple[Path, str], dict[int, Record]] = {}
-    for record in records:
-        cut = Cut.of(next(iter(record.images.values())))
-        if cut is not None:
-            stacks.setdefault((cut.path, cut.plane), {})[cut.index] = record
-    named: dict[str, tuple[Cut, dict[int, Record]]] = {}
-    for (path, plane), stack in stacks.items():
-        index, record = next(iter(stack.items()))
-        end = f"_{plane}{index:03}"
-        subject = record.subject if is_safe_name(record.subject) else record.id
-        name = record.id.removesuffix(end) if record.id.endswith(end) else subject
-        numbered = (f"{name}_volume{number}" for number in itertools.count(2))
-        free = next(one for one in itertools.chain([name], numbered) if one not in named)
-        named[free] = Cut(path, plane, index), stack
-    return named
 
 
 def _write_stack(folder: Path, name: str, cut: Cut, results: Mapping[int, Result], source: EnsembleSource) -> Result:

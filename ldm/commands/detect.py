@@ -25,6 +25,7 @@ from ldm.applications.detection import (
 )
 from ldm.applications.detection_output import TABLE, write_case, write_scores
 from ldm.applications.detection_report import evaluate, markdown
+from ldm.applications.detection_volumes import stack_detections
 from ldm.applications.tuning import FILE, apply_choices, expect_lesions_of, read_choices, tuned_baselines
 from ldm.commands.detect_request import (
     FIRST_STAGE,
@@ -60,6 +61,8 @@ METRICS = ("metrics.json", "metrics.md")
 def run(config: DictConfig) -> Path:
     """Write maps, healthy counterparts, scores, a panel and the provenance; returns the table of scores.
 
+    With ``slices`` the images are slices of volumes, and also put back into these; see
+    :func:`ldm.applications.detection_volumes.stack_detections`.
     Where it is known which images are healthy, also ``metrics.json`` and ``metrics.md``. With ``tune`` choose L, s and
     the threshold instead, and return the file beside the model that holds them.
     """
@@ -86,7 +89,7 @@ def run(config: DictConfig) -> Path:
     remarks = worth(images, evaluated, tuned) if evaluated else {}
     baselines = tuned_baselines(entry, options)
     comparison = Comparison()
-    if config.compare:
+    if config.compare and config.slices is None:  # of slices of volumes, nothing is measured
         comparison = comparison_of(detector, options, baselines.get("partial_noising", {}).get("level"))
     out = Path(config.run_dir)
     asked, changeable = request(config, detector, options, comparison, images), map_settings(options, threshold)
@@ -100,9 +103,13 @@ def run(config: DictConfig) -> Path:
         rows.append(score_row(found, anomaly, options, images.truth, threshold))
         if found.case.record.id in evaluated:
             seen.append(summary(found, anomaly, options, channel))
-    shown = [look_again(one, model.preprocessing, images.truth, out / STORED) for one in to_show(images, config.shown)]
+    chosen = to_show(images, config.shown) if config.slices is None else highest(images.records, rows, config.shown)
+    shown = [look_again(one, model.preprocessing, images.truth, out / STORED) for one in chosen]
     panel(shown, options, model, channel, out / "panel.png")
     table = write_scores(out / TABLE, rows)
+    if config.slices is not None:
+        volumes = stack_detections(out, images.records, model.preprocessing, images.truth, options, threshold)
+        logger.info("The slices, put back into volumes, and scores of these: %s", volumes.parent)
     if seen:
         thresholds = baseline_thresholds(baselines, channel_name(config, model), detector) | {options.guide: threshold}
         metrics = evaluate(seen, options, thresholds, config.resamples, config.seed) | remarks
@@ -176,7 +183,7 @@ def evaluated_ids(config: DictConfig, images: Images, tuned: set[str]) -> set[st
     """Images that are compared with the truth: none where it is not known, and not those that choices were made on.
 
     Args:
-        config: says whether to evaluate.
+        config: says whether to evaluate; slices of volumes are not.
         images: what is looked at.
         tuned: those that choices were made on; they are taken where there are no others, with a warning.
 
@@ -184,7 +191,7 @@ def evaluated_ids(config: DictConfig, images: Images, tuned: set[str]) -> set[st
         LdmError: the class is known of some images only, or is the same for all.
     """
     known = [images.truth.diseased(record) for record in images.records]
-    if not config.evaluate or all(one is None for one in known):
+    if config.slices is not None or config.evaluate is False or all(one is None for one in known):
         return set()
     remedy = "evaluate=false writes maps and scores alone."
     rest = {record.id for record in images.records} - tuned
@@ -321,6 +328,12 @@ def to_show(images: Images, shown: int) -> list[Record]:
     groups = [[r for r in images.records if images.truth.diseased(r) is kind] for kind in (True, False, None)]
     present = sum(bool(group) for group in groups)
     return [record for group in groups for record in group[: -(-shown // present)]][:shown]
+
+
+def highest(records: Sequence[Record], rows: Sequence[Mapping[str, Any]], shown: int) -> list[Record]:
+    """The records of the highest scores, the highest first: the first slices of a volume show little."""
+    order = sorted(range(len(records)), key=lambda index: -rows[index]["score"])
+    return [records[index] for index in order[:shown]]
 
 
 def panel(

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from ldm.applications.anomaly import MAP_OPTIONS, DetectionOptions, Detector, find_healthy
 from ldm.applications.cases import PATIENT, SUBJECT, Truth, folder_records, lesion_classes
 from ldm.applications.detection import Comparison
+from ldm.applications.slicing import cut_slices
 from ldm.commands.run import plain, require_file
 from ldm.commands.sample import files_sha256
 from ldm.commands.stages import cohort_datamodule, prepared
@@ -38,6 +39,8 @@ def check_settings(config: DictConfig) -> None:
     """
     if config.images is not None and config.lesion is not None:
         raise LdmError("lesion names classes of data.label_names; with images=FOLDER every label but 0 is a lesion.")
+    if config.slices is not None:
+        check_slices(config)
     if config.tune:
         instead = {"level": "sweep.levels", "scale": "sweep.scales", "split": "sweep.split"}
         for name in ("level", "scale", "threshold", "split"):
@@ -47,6 +50,24 @@ def check_settings(config: DictConfig) -> None:
         for name in ("levels", "scales"):
             if config.sweep[name] is not None and not len(config.sweep[name]):
                 raise LdmError(f"sweep.{name} is empty; legal: numbers, or null for a range of them.")
+
+
+def check_slices(config: DictConfig) -> None:
+    """Refuse what does not go with ``slices``: volumes are looked at, and nothing is compared with a truth.
+
+    Raises:
+        LdmError: naming the setting.
+    """
+    if config.images is None:
+        raise LdmError("slices goes with images=FOLDER (of the cohort: data.slices), and has no meaning here.")
+    for name in ("tune", "evaluate"):
+        if config[name]:
+            raise LdmError(
+                f"{name}=true does not go with slices, where nothing is compared with a truth: leave {name} out, or "
+                "take slices of a cohort (data.slices)."
+            )
+    if config.masks is not None:
+        raise LdmError("masks has no meaning with slices, where nothing is compared with a truth; leave it out.")
 
 
 def build_detector(config: DictConfig, model: LatentDiffusionModel) -> Detector:
@@ -126,7 +147,7 @@ class Images:
 def find_images(
     config: DictConfig, model: LatentDiffusionModel, path: Path, detector: Detector, split: str | None
 ) -> Images:
-    """The images to look at: those of a folder, or of a split of the cohort.
+    """The images to look at: those of a folder, or slices of its volumes, or those of a split of the cohort.
 
     Raises:
         LdmError: none, or ones that do not fit the model.
@@ -135,7 +156,10 @@ def find_images(
     if config.images is not None:
         files = [None if config[name] is None else Path(config[name]) for name in ("masks", "table")]
         folder, out = Path(config.images), Path(config.run_dir)
-        records = folder_records(folder, model.preprocessing, target, healthy, *files, out)
+        volumes = config.slices is not None
+        records = folder_records(folder, model.preprocessing, target, healthy, *files, out, volumes)
+        if volumes:
+            records = cut_slices(records, plain(config.slices), model.preprocessing.spatial_dims)
         known = config.table is not None and SUBJECT in read_table(Path(config.table)).columns
         return Images(records, Truth(target, healthy), patients_known=known, files_sha256=digests(records))
     for name in ("masks", "table"):

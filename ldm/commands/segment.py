@@ -24,15 +24,14 @@ from ldm.applications.segmentation_report import (
     verdict,
 )
 from ldm.applications.segmentation_sources import DiffusionSource, EnsembleSource, NetworkSource
+from ldm.applications.slicing import cut_slices, expect_no_volume
 from ldm.applications.stacking import stack_results
 from ldm.commands.run import check_counts, plain, require_file, section
 from ldm.commands.sample import asked_table, files_sha256, filled, sampling_options
 from ldm.commands.stages import cohort_alone
 from ldm.data.augmentation import Augmentation
 from ldm.data.draft import SAFE_NAMES, Record, is_safe_name
-from ldm.data.slices import complete_slices, sliced
-from ldm.data.stacks import is_volume, told_slices
-from ldm.data.stored import NIFTI_SUFFIXES, split_reference
+from ldm.data.stored import split_reference
 from ldm.errors import LdmError
 from ldm.files import write_json
 from ldm.model.file import read_header
@@ -182,47 +181,17 @@ def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:
 
 
 def asked_slices(config: DictConfig, records: Sequence[Record], spatial_dims: int) -> list[Record]:
-    """The slices of volumes that ``slices`` names, a record each, as ``data.slices`` has them; without, the records.
-
-    Where it gives no range, all slices but those in which an image is the same all over, which show nothing.
+    """The slices of volumes that ``slices`` names, a record each; without, the records.
 
     Raises:
-        LdmError: a volume for a model of 2-D images without ``slices``; ``slices`` for a model of volumes, for files
-            that are none or select something already, or without any slice that shows something.
+        LdmError: a volume for a model of 2-D images without ``slices``; for others see
+            :func:`ldm.applications.slicing.cut_slices`.
     """
-    if config.slices is None:
-        if spatial_dims == 2:
-            gather(records, _expect_no_volume)
-        return list(records)
-    if spatial_dims != 2:
-        raise LdmError("slices is for models of 2-D images, and this one is of volumes; leave it out.")
-    slices = complete_slices(plain(config.slices), "slices")
-    found = []
-    for record in records:
-        for ref in record.references:
-            if not split_reference(ref)[0].name.lower().endswith(NIFTI_SUFFIXES):
-                raise LdmError(f"'{record.id}': {ref} is no NIfTI volume; slices is for {', '.join(NIFTI_SUFFIXES)}.")
-        parts = sliced(record, slices["plane"], _slice_numbers(record, slices))
-        if not parts:
-            raise LdmError(f"'{record.id}': no slice of its volumes shows something; leave it out.")
-        found += parts
-    return found
-
-
-def _slice_numbers(record: Record, slices: Mapping[str, Any]) -> Sequence[int]:
-    if slices["range"] is not None:
-        return range(*slices["range"], slices["step"])
-    told = [set(told_slices(split_reference(ref)[0], slices["plane"])) for ref in record.images.values()]
-    return sorted(set.intersection(*told))[:: slices["step"]]
-
-
-def _expect_no_volume(record: Record) -> None:
-    for ref in record.images.values():
-        if is_volume(ref):
-            raise LdmError(
-                f"{ref} is a volume, and this model is of 2-D images. Set slices={{plane: axial, range: [80, 128]}}, "
-                f"without a range for all its slices, or name a slice, '{ref}::axial[80]'."
-            )
+    if config.slices is not None:
+        return cut_slices(records, plain(config.slices), spatial_dims)
+    if spatial_dims == 2:
+        gather(records, expect_no_volume)
+    return list(records)
 
 
 def _images(value: Any, source: EnsembleSource) -> dict[str, str]:

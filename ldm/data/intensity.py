@@ -116,6 +116,23 @@ class IntensityRecipe:
         a, b = self.range
         return ((array.astype(np.float64) - a) / (b - a) * (self.upper - self.lower) + self.lower).astype(np.float32)
 
+    def undo(self, array: np.ndarray, stored: np.ndarray, name: str) -> np.ndarray:
+        """Back from the model's range to the units of the one image that the recipe was applied to; float32.
+
+        Other than `invert` it knows that image, and so its percentiles, or its mean and standard deviation.
+
+        array:  (*S) of one channel.
+        stored: the image as it is stored, of any shape.
+        name: file or record named in errors.
+        Raises LdmError when the recipe cannot be applied to ``stored``.
+        """
+        if self.kind == "zscore":
+            restored = array.astype(np.float64) * stored.std(dtype=np.float64) + stored.mean(dtype=np.float64)
+            return restored.astype(np.float32)
+        lower, upper = self._limits(stored, name)
+        a, b = self.range
+        return ((array.astype(np.float64) - a) / (b - a) * (upper - lower) + lower).astype(np.float32)
+
     def again(self, array: np.ndarray) -> np.ndarray:
         """Undo `invert`: stored units into the model's range. Unlike `apply`, nothing is fitted or checked."""
         if self.kind != "window":

@@ -46,7 +46,7 @@ class Cut:
 
 
 def put_back(
-    path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float = 0.0, labels: bool = False
+    path: Path, plane: str, slices: Mapping[int, np.ndarray], fill: float | np.ndarray = 0.0, labels: bool = False
 ) -> nib.Nifti1Image:
     """A volume on the grid of the file that slices were cut from, with the slices in their places.
 
@@ -54,7 +54,8 @@ def put_back(
         path: the file.
         plane: which way they were cut.
         slices: number -> ``(C, H, W)`` as :func:`ldm.data.images.read` gives slices, at full resolution.
-        fill: value of what is in none of them.
+        fill: what stands where none of them is: a value, or those of a volume ``(C, I, J, K)`` along the axes of the
+            file.
         labels: whether the values are classes.
 
     Returns:
@@ -63,6 +64,8 @@ def put_back(
     header, first = read_header(path), next(iter(slices.values()))
     orientation, axis = nib.io_orientation(header.affine), PLANES[plane]
     shape = tuple(header.shape[1:][stored] for stored in _ras_order(header.affine))  # along left, back, feet first
+    if isinstance(fill, np.ndarray):
+        fill = np.stack([nib.apply_orientation(channel, orientation) for channel in fill])  # (C, *RAS)
     ras = np.full((len(first), *shape), fill, first.dtype)  # (C, *RAS)
     for index, one in slices.items():
         ras[(slice(None), *(index if i == axis else slice(None) for i in range(3)))] = np.rot90(one, -1, axes=(1, 2))
@@ -81,6 +84,16 @@ def is_volume(ref: str) -> bool:
     path, selector = split_reference(ref)
     whole = selector is None and path.name.lower().endswith(NIFTI_SUFFIXES)
     return whole and 1 not in read_header(path).shape[1:]
+
+
+def count_slices(path: Path, plane: str) -> int:
+    """How many slices a volume has across a plane.
+
+    Raises:
+        LdmError: the file cannot be read.
+    """
+    header = read_header(path)
+    return header.shape[1:][_ras_order(header.affine)[PLANES[plane]]]
 
 
 def told_slices(path: Path, plane: str) -> list[int]:

@@ -29,12 +29,14 @@ def test_results_below_the_images_are_no_images(tmp_path, monkeypatch, folder, o
 
 
 def test_volumes_are_no_images_of_a_2d_model(tmp_path):
-    """Slices that are written as the message says are."""
+    """Unless slices of them are asked for."""
     array = np.random.default_rng(0).integers(1, 99, (8, 8, 4)).astype(np.int16)
     nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii.gz")
     nib.save(nib.Nifti1Image(array[..., :1], np.eye(4)), tmp_path / "b.nii.gz")
-    with pytest.raises(LdmError, match=r"a.nii.gz is a volume, as 1 of 2 files there are, .*a.nii.gz::axial\[80\]"):
+    message = r"a.nii.gz is a volume, as 1 of 2 files there are, .* Set slices=\{plane: axial, range: \[80, 128\]\}"
+    with pytest.raises(LdmError, match=message):
         folder_records(tmp_path, RECIPE, TARGET, "no")
+    assert [record.id for record in folder_records(tmp_path, RECIPE, TARGET, "no", volumes=True)] == ["a", "b"]
     images.write(tmp_path / "a_axial002.npy", images.read(f"{tmp_path}/a.nii.gz::axial[2]").array)
     (tmp_path / "a.nii.gz").unlink()
     records = folder_records(tmp_path, RECIPE, TARGET, "no")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from ldm.applications.stacking import named_stacks
+from ldm.applications.slicing import named_stacks
 from ldm.commands import target
 from ldm.commands.main import conf_dir
 from ldm.commands.segment import cohort_records, find_source
@@ -117,6 +117,7 @@ def test_a_model_of_slices_takes_a_volume(ldm, tmp_path, peer, volume):
     [
         (("slices={plane: axil}",), "slices.plane is 'axil'. Did you mean 'axial'?"),
         (("slices={range: [3, 3]}",), "slices.range is [3, 3], step 1; legal"),
+        (("slices={range: [3, 9]}",), "slices.range is [3, 9], but a.nii.gz has 5 axial slices: legal are 0 to 5"),
         (("images='a.nii.gz::axial[2]'", "slices={range: [1, 3]}"), "has a selector already; leave out slices"),
         (("images=a.npy", "slices={range: [1, 3]}"), "a.npy is no NIfTI volume"),
         (("images=null", "slices={range: [1, 3]}"), "slices goes with images (of the cohort: data.slices)"),

@@ -55,6 +55,15 @@ def test_zscore() -> None:
     assert limited.background(result) == result.min()
 
 
+@pytest.mark.parametrize("kind", ["percentile", "window", "zscore"])
+def test_every_recipe_can_be_undone_beside_the_image_it_was_applied_to(kind: str) -> None:
+    recipe = IntensityRecipe(kind, *({"percentile": (1, 99), "window": (100, 1000)}.get(kind, ())), range=(-1, 1))
+    array = mr()
+    limits = {"percentile": np.percentile(array, (1, 99)), "window": (100, 1000)}.get(kind, (-np.inf, np.inf))
+    back = recipe.undo(recipe.apply(array, "a"), array, "a")
+    np.testing.assert_allclose(back, np.clip(array, *limits), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ldm.applications.stacking import named_stacks
+from ldm.applications.slicing import named_stacks
 from ldm.commands.main import conf_dir
 from ldm.data import images
 from ldm.data.checks import check_cohort
