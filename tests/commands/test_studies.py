@@ -55,6 +55,13 @@ def test_what_measures_is_trained_on_moved_crops_and_what_generates_is_not():
     assert instruments.run_dir == str(Path(ours.data.instrument.path).parent)
 
 
+def test_the_instruments_of_the_demo_are_where_training_writes_them():
+    named = {one["kind"]: one["path"] for one in composed("demo/instruments").data.instrument}
+    for kind in ("segmenter", "predictor"):
+        run_dir = composed("demo/instruments", verb=f"train-{kind}").run_dir
+        assert named[kind] == f"{run_dir}/model.safetensors"
+
+
 @pytest.mark.parametrize("method", ["lsgan", "vaegan"])
 @pytest.mark.parametrize("study", ["brain_mri", "hippocampus", "mednist_gan"])
 def test_the_gans_beside_them_take_a_step(study, method, no_autocast):
