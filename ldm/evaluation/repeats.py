@@ -34,4 +34,5 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 def spread_over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """The values of several seeds, their mean and their standard deviation (of a sample: over N - 1)."""
-    return {"values": list(values), "mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
+    std = 0.0 if np.ptp(values) == 0 else float(np.std(values, ddof=1))  # no trace of rounding where all agree
+    return {"values": list(values), "mean": float(np.mean(values)), "std": std}
