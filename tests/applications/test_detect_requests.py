@@ -129,13 +129,17 @@ def model_file(tmp_path):
 
 def choice(**question):
     kept = {"subjects": [], "files": [], "unit": "patient"}
-    return {"classifier_sha256": None, "images": kept, "level": 300.0, **question}
+    options = settled(DetectionOptions())
+    return {"classifier_sha256": None, "images": kept, "level": 300.0, "options": options, **question}
 
 
 def test_what_was_chosen_for_another_question_is_refused(model_file):
     older, entry = choice(), choice(target="diseased", healthy="0", lesion={"core": [4]})
     write_choices(model_file, "free", entry)
     write_choices(model_file, "none", older)
+    assert read_choices(model_file, None, "free", TRUTH) == entry
+    without = {name: value for name, value in entry["options"].items() if name != "change"}  # there was none to choose
+    write_choices(model_file, "free", entry | {"options": without})
     assert read_choices(model_file, None, "free", TRUTH) == entry
     expect_lesions_of(entry, model_file, "free", TRUTH)
     other_target = Truth(Covariate("tumour", "categorical", levels=("0", "1")), "0")

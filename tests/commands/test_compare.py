@@ -46,7 +46,7 @@ def subjects(tmp_path):
     rows = [{"age": 50.0 + i, "kind": "abc"[i % 3]} for i in range(8)]
     scan = {"image": str(tmp_path / "scan.png")}
     records = [Record(f"s{i}", f"s{i}", scan, None, row, "test") for i, row in enumerate(rows)]
-    return HeldOut([np.zeros((1, 12, 8), np.float32)] * 8, rows, records)
+    return HeldOut([np.zeros((1, 12, 8), np.float32)] * 8, rows, records, "content of eight")
 
 
 class Measured:
@@ -104,7 +104,7 @@ def test_a_model_is_in_memory_while_it_draws_and_draws_once(tmp_path, subjects, 
 
 def test_samples_lie_under_what_decides_them(tmp_path, subjects):
     path = saved(model([AGE], "concat"), tmp_path / "ldm.safetensors")
-    fewer = HeldOut(subjects.images[1:], subjects.rows[1:], subjects.records[1:])
+    fewer = HeldOut(subjects.images[1:], subjects.rows[1:], subjects.records[1:], "content of seven")
     asked = [(entry(path), subjects, CONFIG), (entry(path, steps=3), subjects, CONFIG), (entry(path), fewer, CONFIG)]
     asked += [(entry(path), subjects, OmegaConf.merge(CONFIG, more)) for more in ({"seed": 1}, {"batch_size": 2})]
     names = [compare.samples_folder(*one) for one in asked]
@@ -117,7 +117,7 @@ def test_samples_lie_under_what_decides_them(tmp_path, subjects):
 
 def test_rows_of_other_channels_have_other_names(tmp_path, subjects):
     recipe = gan().preprocessing
-    cohort = SimpleNamespace(split_hash="ours", records=subjects.records)
+    cohort = SimpleNamespace(split_hash="ours", content_hash=lambda: subjects.content)
     datamodule = SimpleNamespace(preprocessing=recipe, schema=CovariateSchema([AGE, KIND]), cohort=cohort)
     measures = (
         build_measure(CONFIG, datamodule, replace(recipe, channels=channels), Texture(), subjects, tmp_path)
@@ -208,12 +208,12 @@ def test_instruments_are_for_the_channels_that_models_generate(tmp_path, monkeyp
     datamodule = SimpleNamespace(
         preprocessing=replace(recipe, channels=("T1", "T2")),
         schema=CovariateSchema([]),
-        cohort=SimpleNamespace(split_hash="0", records=[]),
+        cohort=SimpleNamespace(split_hash="0", content_hash=lambda: "0"),
     )
     network, config = SimpleNamespace(identity={"sha256": "0"}), OmegaConf.create({"data": {}, "seed": 0})
-    build_measure(config, datamodule, recipe, network, HeldOut([], [], []), tmp_path)
+    build_measure(config, datamodule, recipe, network, HeldOut([], [], [], ""), tmp_path)
     assert given == [recipe]
     found = {"segmenter": OfAnotherSplit(dict), "ventricles": dict}
     monkeypatch.setattr(compare, "find_instruments", lambda *_: found)
-    measure = build_measure(config, datamodule, recipe, network, HeldOut([], [], []), tmp_path)
+    measure = build_measure(config, datamodule, recipe, network, HeldOut([], [], [], ""), tmp_path)
     assert measure.of_another_split == ["segmenter"]

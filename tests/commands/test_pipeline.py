@@ -218,7 +218,7 @@ def test_the_report_holds_pictures_and_numbers(trained, ldm, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluation").glob("s*/**/*.nii.gz")}
     assert len(kept) == 6 + 4 + 2
     assert "fidelity" in metrics  # samples of a model trained for 12 steps may not be measurable
-    assert metrics["instruments"] == {"data.instrument": {"kind": "ventricles"}, "sha256": None}  # a method, no file
+    assert metrics["instruments"] == {"data.instrument": [{"kind": "ventricles"}], "sha256": None}  # a method, no file
     assert set(metrics["diversity"]) == {
         "real, nearest covariates",
         "the same, reconstructed",
