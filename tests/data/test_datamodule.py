@@ -266,9 +266,9 @@ def test_content_changes_with_a_covariate_an_order_a_value_or_a_place(data_cfg: 
     assert cohort.content_hash(records[::-1]) != before
     path = Path(next(iter(records[0].images.values())))
     image = nib.load(path)
-    moved = image.affine + np.diag([0, 0, 1e-3, 0])
-    for array, affine in ((np.asarray(image.dataobj) + 1e-3, image.affine), (image.dataobj, moved)):
-        nib.save(nib.Nifti1Image(np.asarray(array, np.float32), affine), path)
+    values, moved = image.get_fdata(dtype=np.float32), image.affine + np.diag([0, 0, 1e-3, 0])
+    for array, affine in ((values + np.float32(1e-3), image.affine), (values, moved)):
+        nib.save(nib.Nifti1Image(array, affine), path)
         assert fitted(data_cfg)[0].content_hash() != before
 
 
