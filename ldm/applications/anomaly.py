@@ -31,9 +31,9 @@ from ldm.conditioning.base import COVARIATES
 from ldm.data.schema import Covariate
 from ldm.diffusion import guidance, noise
 from ldm.diffusion.checks import check_choice, check_count, check_number
+from ldm.diffusion.grid import Grid
 from ldm.diffusion.prediction import Denoise
 from ldm.diffusion.samplers import ddim, ddim_encode, ddpm
-from ldm.diffusion.schedule import Grid
 from ldm.errors import LdmError
 from ldm.model.build import PIXELS
 from ldm.model.classifier import Classifier

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.checks import check_choice, check_count
-from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, Schedule, chain, cubic_levels, karras_levels
+from ldm.diffusion.grid import Grid, chain, cubic_levels, karras_levels
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Schedule
 from ldm.errors import LdmError
 
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")

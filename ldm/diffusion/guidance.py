@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.checks import check_number, check_pair, is_number
+from ldm.diffusion.grid import Step
 from ldm.diffusion.prediction import Denoise, Prediction, target, to_prediction
-from ldm.diffusion.schedule import Step
 from ldm.errors import LdmError
 
 #: ``denoise_many(x, step, conditions)`` with x (B, C, *S) -> one Prediction a condition, in their order

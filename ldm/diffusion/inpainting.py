@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldm.diffusion.grid import Step
 from ldm.diffusion.prediction import Denoise, Prediction
-from ldm.diffusion.schedule import Step
 
 
 def keep_known(denoise: Denoise, x0: Tensor, known: Tensor) -> Denoise:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.diffusion.grid import Step
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 class Posterior(NamedTuple):

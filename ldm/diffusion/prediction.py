@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.checks import check_choice
-from ldm.diffusion.schedule import Step
+from ldm.diffusion.grid import Step
 from ldm.errors import LdmError
 
 Level = float | Tensor  # alpha or sigma: one number, or (B,)

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from ldm.diffusion import noise
 from ldm.diffusion.checks import check_choice, check_number, check_pair
+from ldm.diffusion.grid import Grid, Step
 from ldm.diffusion.posterior import Posterior, posterior_of
 from ldm.diffusion.prediction import Denoise, Prediction, at_least_float32
-from ldm.diffusion.schedule import Grid, Step
 from ldm.errors import LdmError
 
 Callback = Callable[[dict[str, Any]], None]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.data.schema import Covariate, CovariateSchema
+from ldm.diffusion.grid import Step
 from ldm.diffusion.guidance import LogProb
 from ldm.diffusion.process import schedule_from_dict
-from ldm.diffusion.schedule import Schedule, Step
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import LdmError
 from ldm.model.build import construct
 from ldm.model.file import tensors_hash

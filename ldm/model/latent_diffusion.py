@@ -19,10 +19,11 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
 from ldm.diffusion import guidance, noise
 from ldm.diffusion.checks import check_choice, check_count
+from ldm.diffusion.grid import Step
 from ldm.diffusion.prediction import Denoise, Prediction, to_prediction
 from ldm.diffusion.process import check_process, schedule_from_dict
 from ldm.diffusion.samplers import sampler as find_sampler
-from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Step
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS
 from ldm.errors import LdmError
 from ldm.latents.space import LatentSpace
 from ldm.model.build import build_first_stage, construct

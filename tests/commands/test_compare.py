@@ -11,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.commands import audit as audit_verb
-from ldm.commands import compare
-from ldm.commands.compare import HeldOut, build_measure, check_entries, model_row, read_entries, read_samples
+from ldm.commands import compare, compare_models
+from ldm.commands.compare import HeldOut, build_measure, model_row, read_samples
+from ldm.commands.compare_models import check_entries, read_entries
 from ldm.data.draft import Record
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.schema import CovariateSchema
@@ -60,7 +61,7 @@ class Measured:
 
 
 def test_models_are_checked_without_their_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "load_generative", None)
+    monkeypatch.setattr(compare_models, "load_generative", None)
     paths = [saved(gan(), tmp_path / "gan.safetensors"), saved(model([AGE], "concat"), tmp_path / "ldm.safetensors")]
     for path, illegal, message in (
         (paths[0], {"steps": 3}, "steps is no sampling option of the LSGAN"),
@@ -87,7 +88,7 @@ def test_a_model_is_in_memory_while_it_draws_and_draws_once(tmp_path, subjects, 
         loaded.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(compare, "load_generative", load)
+    monkeypatch.setattr(compare_models, "load_generative", load)
     one = entry(saved(gan(), tmp_path / "gan.safetensors"))
     count, facts = model_row(Measured(), one, subjects, CONFIG, tmp_path)
     gc.collect()

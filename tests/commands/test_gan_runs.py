@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.commands.audit import NOT_PASSED
-from ldm.commands.compare import read_entries
+from ldm.commands.compare_models import read_entries
 from ldm.commands.main import main
 from ldm.commands.sample import expect_known_options
 from ldm.errors import LdmError

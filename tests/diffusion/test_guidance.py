@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.diffusion.grid import Step
 from ldm.diffusion.guidance import classifier, classifier_free, guided, part_by_part, within
 from ldm.diffusion.prediction import Prediction, target, to_prediction
 from ldm.diffusion.samplers import ddim
-from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import LdmError
 
 STEP = Step(t=500, t_prev=400, alpha=0.6, sigma=0.8, alpha_prev=0.8, sigma_prev=0.6)

@@ -23,10 +23,11 @@ from monai.networks.schedulers import DDIMScheduler as MonaiDDIM
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPM
 
 from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
+from ldm.diffusion.grid import Grid
 from ldm.diffusion.noise import draw, generators
 from ldm.diffusion.prediction import PREDICTION_TYPES, Prediction, target, to_prediction
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddim_encode, ddpm, euler, sampler
-from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, NoiseSchedule
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, NoiseSchedule
 from ldm.errors import LdmError
 
 MEAN, STD = 0.3, 0.5

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
+from ldm.diffusion.grid import Grid, Step
 from ldm.diffusion.process import schedule_from_dict
-from ldm.diffusion.schedule import TIMESTEP_SPACINGS, Grid, NoiseSchedule, Step
+from ldm.diffusion.schedule import TIMESTEP_SPACINGS, NoiseSchedule
 from ldm.errors import LdmError
 
 SCHEDULES = {
