@@ -8,7 +8,7 @@ ARGS ?=
 VERBS = check train-vae train-ldm train-gan train-segmenter train-predictor train-matcher ema import-weights train-classifier sample release edit segment \
   detect evaluate compare audit
 
-ANOMALY = $(LDM) detect experiment=demo_anomaly/demo intensity_channel=FLAIR steps=25 batch_size=32
+ANOMALY = $(LDM) detect experiment=demo_anomaly/demo intensity_channel=FLAIR channels=FLAIR change=brighter smoothing=1 steps=25 batch_size=32
 ANOMALY_SWEEP = tune=true "sweep.levels=[280,400]"
 
 SEGMENTATION = runs/demo_segmentation/simulated_tumour_slices

@@ -276,9 +276,8 @@ def write_panel(out: Path, records: Sequence[Record], source: EnsembleSource) ->
     rows = []
     for record in records:
         result = read_result(out, record, source)
-        given = [
-            images.read(ref, spatial_dims=source.preprocessing.spatial_dims).array[0] for ref in record.images.values()
-        ]
+        dims = source.preprocessing.spatial_dims
+        given = {name: images.read(ref, spatial_dims=dims).array[0] for name, ref in record.images.items()}
         truth = None if record.labels is None else read_truth(record, source)
         rows.append(panel_row(given, truth, result.labels, result.mean.sum(0), result.variance))
     return figures.segmentation_panel(rows, [record.id for record in records], out / PANEL)

@@ -7,12 +7,13 @@ are attended to, an ``embedding`` joins the time embedding, and ``spade`` planes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from monai.networks.blocks.crossattention import CrossAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
-from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffResBlock, SPADEDiffusionModelUNet
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
@@ -54,6 +55,8 @@ class Denoiser(nn.Module):
         patch_size: 2 lets the U-Net see every 2x2(x2) block of the latent as channels of one voxel, which makes large
             latents cheap (Peebles & Xie 2023, section 3.2; Hoogeboom et al. 2023, section 3.3). The map is orthonormal:
             noise stays noise, and the loss has the same value on either side. 1: every voxel on its own.
+        dropout: share of the features of every residual block that is left out in training, before its last
+            convolution (Ho et al. 2020, appendix B), against learning few images by heart.
         out_channels: output channels; None for ``latent_channels``.
         channels, num_res_blocks, attention_levels, num_head_channels, norm_num_groups, resblock_updown,
             transformer_num_layers: as in MONAI's ``DiffusionModelUNet``.
@@ -74,6 +77,7 @@ class Denoiser(nn.Module):
         spade_channels: int = 0,
         position_frequencies: int = 0,
         patch_size: int = 1,
+        dropout: float = 0.0,
         out_channels: int | None = None,
         channels: Sequence[int] = (64, 128, 192),
         num_res_blocks: int | Sequence[int] = 2,
@@ -90,6 +94,8 @@ class Denoiser(nn.Module):
             raise LdmError(
                 f"ldm.network.patch_size {patch_size} is not legal; legal: {', '.join(map(str, PATCH_SIZES))}."
             )
+        if not 0 <= dropout < 1:
+            raise LdmError(f"ldm.network.dropout {dropout} is not legal: a share from 0 (off) to below 1.")
         patch_factor = patch_size**spatial_dims
         position_channels = spatial_dims * (1 + 2 * position_frequencies) if position_frequencies else 0
         self.encoder_arguments = {
@@ -110,7 +116,7 @@ class Denoiser(nn.Module):
         }
         self.spatial_dims, self.position_frequencies = spatial_dims, position_frequencies
         self.patch_factor = patch_factor
-        self.adaptive_norm, self.context_padding = adaptive_norm, context_padding
+        self.adaptive_norm, self.context_padding, self.dropout = adaptive_norm, context_padding, dropout
         kind, spade = (
             (SPADEDiffusionModelUNet, {"label_nc": spade_channels}) if spade_channels else (DiffusionModelUNet, {})
         )
@@ -135,6 +141,8 @@ class Denoiser(nn.Module):
             _replace(network, DiffusionUNetResnetBlock, AdaptiveResnetBlock)
         if self.context_padding:
             _replace(network, CrossAttentionBlock, PaddedAttention)
+        if self.dropout:
+            _drop_features(network, self.dropout)
         return network.to(memory_format=torch.channels_last_3d) if self.spatial_dims == 3 else network
 
     def forward(
@@ -253,6 +261,17 @@ class PaddedAttention(nn.Module):
         )
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, present[:, None, None], scale=self.scale)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
+
+
+def _drop_features(network: nn.Module, share: float) -> None:
+    """Dropout before the last convolution of every residual block; by hooks, so that tensors keep their names."""
+    for block in network.modules():
+        if isinstance(block, (DiffusionUNetResnetBlock, SPADEDiffResBlock, AdaptiveResnetBlock)):
+            block.conv2.register_forward_pre_hook(partial(_drop, share))
+
+
+def _drop(share: float, convolution: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (nn.functional.dropout(inputs[0], share, convolution.training),)
 
 
 def _replace(module: nn.Module, old: type[nn.Module], new: Callable[[nn.Module], nn.Module]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -141,7 +142,18 @@ def fit(
     metrics["peak_memory_gib"] = peak_memory_bytes(module.device) / 2**30
     if lightning.is_global_zero:
         save_model(metrics)
+    _end_runs(loggers)
     return metrics
+
+
+def _end_runs(loggers: Sequence[Any]) -> None:
+    """End the runs of Weights & Biases, which Lightning leaves open: the next job of a sweep would go on in them.
+
+    What stops early ends with its process, which says how.
+    """
+    for one in loggers:
+        if isinstance(one, WandbLogger):
+            one.experiment.finish()
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

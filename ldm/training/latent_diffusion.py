@@ -92,7 +92,8 @@ class LatentDiffusion(StageModule):
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """One batch: draw the posterior, the time and the noise; weighted squared error of the output."""
         draws = self._draws(batch)
-        weighted, plain = self.losses(self.network, batch, draws)
+        with self.own_dropout():
+            weighted, plain = self.losses(self.network, batch, draws)
         loss = weighted.mean()
         self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["row"])
         norms = self.step_optimizers(loss, [self.network])

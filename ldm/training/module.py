@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as L
@@ -120,6 +121,13 @@ class StageModule(L.LightningModule):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         batch = self.step * self.accumulate + self._micro % self.accumulate
         return [step_generator(self.seed, batch, i * world + rank) for i in range(batch_size)]
+
+    @contextlib.contextmanager
+    def own_dropout(self) -> Iterator[None]:
+        """Name what dropout draws by seed, batch and rank, as all noise is; it has torch's one generator."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generators(1)[0])))
+            yield
 
     # --- records ------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +123,11 @@ class SegmentationPanels(FigureCallback):
         module.record({METRIC: mean, **{f"ldm/val/dice/{name}": value for name, value in scores.items()}})
         self.scores.append(mean)
         self._keep(module, mean)
+        channels = model.header["conditioners"]["image"]["channels"]
         rows = [
-            panel_row(case.image, case.truth, one.labels, 1 - one.mean[0], one.variance)
+            panel_row(
+                dict(zip(channels, case.image, strict=True)), case.truth, one.labels, 1 - one.mean[0], one.variance
+            )
             for case, one in zip(self.cases, ensembles, strict=True)
         ]
         path = self.folder / f"segmentation_{module.step:07d}.png"
@@ -160,8 +163,11 @@ def class_dice(found: Sequence[np.ndarray], cases: Sequence[LabelledImage], clas
 
 
 def panel_row(
-    given: Sequence[np.ndarray], truth: np.ndarray | None, labels: np.ndarray, mean: np.ndarray, variance: np.ndarray
+    given: Mapping[str, np.ndarray],
+    truth: np.ndarray | None,
+    labels: np.ndarray,
+    mean: np.ndarray,
+    variance: np.ndarray,
 ) -> dict[str, np.ndarray | None]:
     """What a row of :func:`ldm.training.figures.segmentation_panel` shows, ``(*S)`` each; None for an unknown truth."""
-    shown = {f"given {index}": channel for index, channel in enumerate(given, 1)}
-    return shown | {"truth": truth, "segmentation": labels, "mean": mean, "variance": variance}
+    return {**given, "truth": truth, "segmentation": labels, "mean": mean, "variance": variance}

@@ -47,9 +47,7 @@ class SegmenterModule(StageModule):
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """One batch of ``image`` ``(B, C, *S)`` and ``labels`` ``(B, *S)``."""
         target = self.labels.classes(batch["labels"])  # (B, *S)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # dropout draws from the one generator of the process: named by the step and rank, as all noise is
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generators(1)[0])))
+        with self.own_dropout():
             loss = self.loss(self.network(batch["image"]).float(), target[:, None])
         self.require_finite(loss.detach(), {"loss": loss.detach()}, batch["index"])
         norms = self.step_optimizers(loss, [self.network])

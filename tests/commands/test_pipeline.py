@@ -110,17 +110,19 @@ def test_a_first_stage_starts_from_another(trained, ldm, tmp_path):
 
 
 def test_weights_and_biases_gets_curves_pictures_and_configuration(trained, ldm, tmp_path):
+    """Also of the second job of a sweep, which runs in the same process."""
     _, common = trained
-    run = tmp_path / "watched"
-    wandb.finish()  # of another test in this process, which Lightning would go on with
-    code, text = ldm("train-vae", *common, "trainer.max_steps=2", "logger=wandb", f"run_dir={run}")
-    assert code == 0, text
-    wandb.finish()  # as the end of the process does
-    (offline,) = run.glob("wandb/offline-run-*")
-    assert list(offline.glob("files/media/images/vae/*.png"))
-    logged = next(offline.glob("run-*.wandb")).read_bytes()
-    for name in (b"vae/train/loss", b"vae/val/psnr", b"spacing_mm"):
-        assert name in logged, name
+    runs = (tmp_path / "first", tmp_path / "second")
+    for run in runs:
+        code, text = ldm("train-vae", *common, "trainer.max_steps=2", "logger=wandb", f"run_dir={run}")
+        assert code == 0, text
+    wandb.teardown()  # as the end of the process does: what is buffered is written
+    for run in runs:
+        (offline,) = run.glob("wandb/offline-run-*")
+        assert list(offline.glob("files/media/images/vae/*.png"))
+        logged = next(offline.glob("run-*.wandb")).read_bytes()
+        for name in (b"vae/train/loss", b"vae/val/psnr", b"spacing_mm"):
+            assert name in logged, name
 
 
 def test_one_file_is_enough_and_the_latents_are_scaled(trained):

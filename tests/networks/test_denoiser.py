@@ -1,5 +1,7 @@
 """The denoiser and its conditions: nulls, any subset, and that a condition reaches the output."""
 
+import copy
+
 import pytest
 import torch
 
@@ -138,6 +140,19 @@ def test_patches_are_the_unet_on_rearranged_blocks(size):
 def test_a_patch_size_of_three_is_refused():
     with pytest.raises(LdmError, match="ldm.network.patch_size 3 is not legal; legal: 1, 2"):
         network("concat", patch_size=3)
+
+
+@pytest.mark.parametrize("mode", ["concat", "adaptive_norm"])
+def test_dropout_leaves_out_features_in_training_alone(mode):
+    without, dropping = (awake(network(mode, dropout=share)) for share in (0.0, 0.5))
+    assert dropping.state_dict().keys() == without.state_dict().keys()  # weights of elsewhere fit
+    x, t, values = torch.randn(1, 3, 4, 4, 4), torch.tensor([500]), {"covariates": torch.full((1, 3), 0.5)}
+    with torch.no_grad():
+        torch.testing.assert_close(dropping(x, t, values), without(x, t, values))
+        first, second = (copy.deepcopy(dropping).train()(x, t, values) for _ in range(2))
+    assert (first - second).abs().max() > 0.01
+    with pytest.raises(LdmError, match="ldm.network.dropout 1.5 is not legal"):
+        network(mode, dropout=1.5)
 
 
 def test_padding_is_no_token():

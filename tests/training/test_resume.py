@@ -105,6 +105,7 @@ def test_an_interrupted_run_sees_the_data_and_ends_as_one_that_was_not(
         "trainer.max_steps=8",
         "trainer.val_every=3",
         "data.augment={flip_axes: [0], brightness: 0.1}",
+        "ldm.network.dropout=0.2",
         f"data.num_workers={workers}",
         *(f"{stage}.{setting}" for stage in ("vae", "ldm") for setting in ("batch_size=5", "optimizer.accumulate=2")),
     )
