@@ -31,14 +31,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 setup: $(VENV)/.installed ## virtual environment with the pinned dependencies
 
-demo: $(VENV)/.installed ## simulated cohort, both stages, samples, report: at most 15 minutes on 2 CPU cores
+demo: $(VENV)/.installed ## simulated cohort, both stages, samples, report: about 15 minutes on 2 CPU cores
 	$(LDM) check experiment=demo/demo
 	$(LDM) train-vae experiment=demo/demo
 	$(LDM) train-ldm experiment=demo/demo
 	$(LDM) evaluate experiment=demo/demo
 	@echo "Report: $(CURDIR)/runs/demo/simulated/evaluation/report.html"
 
-demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusion and by a U-Net: at most 15 minutes on 2 CPU cores
+demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusion and by a U-Net: about 15 minutes on 2 CPU cores
 	$(LDM) check experiment=demo_segmentation/demo
 	$(LDM) train-ldm experiment=demo_segmentation/demo
 	$(LDM) train-segmenter experiment=demo_segmentation/demo
@@ -46,7 +46,7 @@ demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusio
 	$(LDM) segment experiment=demo_segmentation/demo evaluate=true "beside={U-Net: $(SEGMENTATION)/peer}"
 	@echo "Report: $(CURDIR)/$(SEGMENTATION)/segmentation/report.html"
 
-demo-anomaly: $(VENV)/.installed ## simulated tumours found without masks, by two ways of guidance: at most 15 minutes on 2 CPU cores
+demo-anomaly: $(VENV)/.installed ## simulated tumours found without masks, by two ways of guidance: about 15 minutes on 2 CPU cores
 	$(LDM) check experiment=demo_anomaly/demo
 	$(LDM) train-ldm experiment=demo_anomaly/demo
 	$(LDM) train-classifier experiment=demo_anomaly/demo
