@@ -12,6 +12,7 @@ ANOMALY = $(LDM) detect experiment=demo_anomaly/demo intensity_channel=FLAIR cha
 ANOMALY_SWEEP = tune=true "sweep.levels=[280,400]"
 
 SEGMENTATION = runs/demo_segmentation/simulated_tumour_slices
+SEGMENT = $(LDM) segment experiment=demo_segmentation/demo evaluate=true 'augment=$${data.augment}'
 
 .PHONY: help setup demo demo-segmentation demo-anomaly $(VERBS) test lint clean
 
@@ -42,8 +43,8 @@ demo-segmentation: $(VENV)/.installed ## simulated tumours segmented by diffusio
 	$(LDM) check experiment=demo_segmentation/demo
 	$(LDM) train-ldm experiment=demo_segmentation/demo
 	$(LDM) train-segmenter experiment=demo_segmentation/demo
-	$(LDM) segment experiment=demo_segmentation/demo model=$(SEGMENTATION)/segmenter/model.safetensors evaluate=true out=$(SEGMENTATION)/peer
-	$(LDM) segment experiment=demo_segmentation/demo evaluate=true "beside={U-Net: $(SEGMENTATION)/peer}"
+	$(SEGMENT) model=$(SEGMENTATION)/segmenter/model.safetensors out=$(SEGMENTATION)/peer
+	$(SEGMENT) "beside={U-Net: $(SEGMENTATION)/peer}"
 	@echo "Report: $(CURDIR)/$(SEGMENTATION)/segmentation/report.html"
 
 demo-anomaly: $(VENV)/.installed ## simulated tumours found without masks, by two ways of guidance: about 15 minutes on 2 CPU cores
