@@ -170,7 +170,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} is not a checkpoint of this package ({type(error).__name__}). Remove it to start anew."
         ) from error
     known = {name: value for name, value in identity.items() if name in stored or name not in ADDED}
-    differing = [name for name in sorted({*stored, *known}) if stored.get(name) != known.get(name)]
+    differing = [name for name in sorted({*stored, *known}) if not _agree(stored.get(name), known.get(name))]
     if differing:
         what = "; ".join(f"{name} is {identity.get(name)} now, was {stored.get(name)}" for name in differing)
         raise LdmError(
@@ -178,6 +178,14 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             "with run_dir=..., or remove the folder to start anew."
         )
     return state
+
+
+def _agree(stored: Any, now: Any) -> bool:
+    """Whether two settings are one; what an earlier version did not have, and is off now, it did not do."""
+    if not (isinstance(stored, Mapping) and isinstance(now, Mapping)):
+        return stored == now
+    off = not any(now[name] for name in now.keys() - stored.keys())
+    return off and stored.keys() <= now.keys() and all(_agree(stored[name], now[name]) for name in stored)
 
 
 class _Position(L.Callback):

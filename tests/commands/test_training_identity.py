@@ -139,3 +139,12 @@ def test_a_checkpoint_from_before_a_field_was_kept_is_continued(tmp_path):
         read_checkpoint(tmp_path / "last.ckpt", {"network": 2, "labels": LABELS.meaning})
     with pytest.raises(LdmError, match="views is 1 now, was None"):
         read_checkpoint(tmp_path / "last.ckpt", {"network": 1, "views": 1})
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_may_be_off(tmp_path):
+    network = {"channels": [16, 32]}
+    torch.save({"ldm": {"identity": {"network": {"denoiser": network}}}}, tmp_path / "last.ckpt")
+    read_checkpoint(tmp_path / "last.ckpt", {"network": {"denoiser": {**network, "dropout": 0.0}}})
+    for other in ({**network, "dropout": 0.1}, {"channels": [16, 64], "dropout": 0.0}, {"dropout": 0.0}):
+        with pytest.raises(LdmError, match="holds a run with another configuration"):
+            read_checkpoint(tmp_path / "last.ckpt", {"network": {"denoiser": other}})
