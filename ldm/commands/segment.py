@@ -132,7 +132,6 @@ def find_source(config: DictConfig) -> EnsembleSource:
         raise LdmError("model is an empty list; name a model file, or several of a kind.")
     headers = [read_header(require_file(path, "model", "train-ldm")) for path in paths]
     kinds = {header.get("kind") for header in headers}
-    augmentation = None if config.augment is None else Augmentation.from_config(section(config, "augment"), "augment")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kinds == {NETWORK}:
         for name in ("steps", "sampler", "eta"):
@@ -140,6 +139,7 @@ def find_source(config: DictConfig) -> EnsembleSource:
                 raise LdmError(f"{name} is for diffusion models; {paths[0]} is a network of ldm train-segmenter.")
         sha256 = [header["tensors_sha256"] for header in headers]
         networks = [Segmenter.load(path, device) for path in paths]
+        augmentation = asked_augmentation(config, networks[0].preprocessing.channels)
         return NetworkSource(networks, sha256, config.members, config.seed, augmentation)
     if kinds != {DIFFUSION}:
         raise LdmError(
@@ -149,7 +149,15 @@ def find_source(config: DictConfig) -> EnsembleSource:
     models = [LatentDiffusionModel.load(path, device) for path in paths]
     options = sampling_options(config)
     settings = config.members, config.seed, config.batch_size, config.precision
-    return DiffusionSource(models, *settings, options, augmentation)
+    given = headers[0]["conditioners"].get("image", {"channels": ()})["channels"]  # none of a model that draws images
+    return DiffusionSource(models, *settings, options, asked_augmentation(config, given))
+
+
+def asked_augmentation(config: DictConfig, channels: Sequence[str]) -> Augmentation | None:
+    """``augment``: what members but the first see, of a model that is given images of these channels."""
+    if config.augment is None:
+        return None
+    return Augmentation.from_config(section(config, "augment"), channels, "augment")
 
 
 def asked_records(config: DictConfig, source: EnsembleSource) -> list[Record]:

@@ -46,6 +46,7 @@ def check_target(config: DictConfig) -> None:
     if target not in (IMAGE, LABELS):
         raise LdmError(f"ldm.target is '{target}'; legal: {IMAGE}, {LABELS}.{nearest(str(target), (IMAGE, LABELS))}")
     if target == IMAGE:
+        refuse_missing(config)
         return
     if config.data.labels is None:
         raise LdmError("ldm.target=labels needs a label map for every image; set data.labels and data.label_names.")
@@ -54,6 +55,19 @@ def check_target(config: DictConfig) -> None:
         raise LdmError("ldm.conditioners.mask and ldm.target=labels exclude each other: the label map is generated.")
     if config.ldm.control.model is not None:
         raise LdmError("ldm.control.model and ldm.target=labels exclude each other: a control steers images.")
+
+
+def refuse_missing(config: DictConfig) -> None:
+    """Refuse ``data.augment.missing`` where images are what is learned to be made.
+
+    Raises:
+        LdmError: it is set.
+    """
+    if config.data.augment.missing:
+        raise LdmError(
+            "data.augment.missing replaces images by others, which a model that generates images would learn to make. "
+            "It is for models that are given images: ldm.target=labels, train-segmenter, train-classifier, ..."
+        )
 
 
 def asked_conditioners(config: DictConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from ldm.commands.nulls import check_nulls, lacking, learned_nulls
 from ldm.commands.run import plain, write_config
 from ldm.commands.stages import cohort_datamodule, loggers, prepared, voxels
+from ldm.commands.target import refuse_missing
 from ldm.data.datamodule import CohortDataModule
 from ldm.evaluation.instruments import find_instruments, merged, quick_sections
 from ldm.evaluation.pictures import evenly
@@ -32,6 +33,7 @@ def run(config: DictConfig) -> dict[str, float]:
     """Train a GAN and write ``model.safetensors``; returns the final validation metrics."""
     run_dir, gan = Path(config.run_dir), plain(config.gan)
     check_trainer(plain(config.trainer))
+    refuse_missing(config)
     datamodule = prepared(cohort_datamodule(config, gan["batch_size"]))
     model = build_model(config, datamodule)
     module = build_module(config, datamodule, model)

@@ -6,6 +6,7 @@ Enlarging a brain enlarges its ventricles: whoever trains a model on volumes in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.errors import LdmError, nearest
+
+#: settings of `Augmentation` that are numbers
+NUMBERS = ("scale", "shift", "rotate", "gamma", "brightness", "missing_share")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Augmentation:
     rotate:     largest rotation about each axis, in degrees.
     gamma:      intensities, in the unit range, are raised to a power from [1 / (1 + gamma), 1 + gamma].
     brightness: intensities above background are multiplied by 1 - brightness to 1 + brightness.
+    missing:    (channel, other) pairs of image channels, by number: the first is replaced by the second in a share of
+                the images, each pair on its own, as cohorts fill a sequence that was not taken. For models that are
+                given the image; one that generates images would learn to make such.
+    missing_share: that share, 0 to 1.
     """
 
     flip_axes: tuple[int, ...] = ()
@@ -36,24 +44,44 @@ class Augmentation:
     rotate: float = 0.0
     gamma: float = 0.0
     brightness: float = 0.0
+    missing: tuple[tuple[int, int], ...] = ()
+    missing_share: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flip_axes", tuple(int(axis) for axis in self.flip_axes))
-        for item in fields(self)[1:]:
-            value = getattr(self, item.name)
+        for name in NUMBERS:
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise LdmError(f"data.augment.{item.name}: {value!r} is not a number of 0 or more.")
+                raise LdmError(f"data.augment.{name}: {value!r} is not a number of 0 or more.")
         if self.brightness >= 1:
             raise LdmError(f"data.augment.brightness: {self.brightness} must be below 1.")
+        if self.missing_share > 1:
+            raise LdmError(f"data.augment.missing_share: {self.missing_share} is not a share of 0 to 1.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None, where: str = "data.augment") -> Augmentation:
-        """Build from the ``data.augment`` block; an unknown key is an LdmError that names the nearest."""
+    def from_config(
+        cls, config: Mapping[str, Any] | None, channels: Sequence[str] | None = None, where: str = "data.augment"
+    ) -> Augmentation:
+        """Build from the ``data.augment`` block, for images of these ``channels``; None: any, and none is replaced.
+
+        Raises LdmError for an unknown key or channel, with the nearest, and for half of what ``missing`` needs.
+        """
         legal = [item.name for item in fields(cls)]
         for key in config or {}:
             if key not in legal:
                 raise LdmError(f"{where}: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
-        return cls(**{key: value for key, value in (config or {}).items() if value is not None})
+        given = {key: value for key, value in (config or {}).items() if value is not None}
+        missing = given.pop("missing", {})
+        if bool(missing) != bool(given.get("missing_share", 0)):
+            raise LdmError(f"{where}: missing and missing_share go together, e.g. {{T1: FLAIR}} and 0.1.")
+        if channels is None:
+            return cls(**given)
+        for name in itertools.chain(*missing.items()):
+            if name not in channels:
+                legal = ", ".join(channels)
+                raise LdmError(f"{where}.missing: there is no image '{name}'.{nearest(name, channels)} Legal: {legal}.")
+        pairs = tuple((channels.index(one), channels.index(other)) for one, other in missing.items())
+        return cls(**given, missing=pairs)
 
     @property
     def moves(self) -> bool:
@@ -107,7 +135,9 @@ class Augmentation:
         axes = tuple(axis for axis in self.flip_axes if _uniform(1, generator).item() < 0)
         power = (1 + self.gamma) ** _uniform(1, generator).item() if self.gamma else None
         factor = 1 + self.brightness * _uniform(1, generator).item() if self.brightness else None
-        return Change(s, theta, axes, power, factor)
+        shares = [(_uniform(1, generator).item() + 1) / 2 for _ in self.missing]
+        copies = tuple(pair for pair, u in zip(self.missing, shares, strict=True) if u < self.missing_share)
+        return Change(s, theta, axes, power, factor, copies)
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class Change:
     axes:   spatial axes that are flipped, after that.
     power:  of intensities in the unit range; None leaves them.
     factor: of intensities above background; None leaves them.
+    copies: (channel, other) pairs of image channels: the first becomes what the second is.
     """
 
     s: float
@@ -126,6 +157,7 @@ class Change:
     axes: tuple[int, ...]
     power: float | None
     factor: float | None
+    copies: tuple[tuple[int, int], ...] = ()
 
     def moved(self, array: torch.Tensor, mode: str, background: float = 0.0) -> torch.Tensor:
         """(C, *S) with its voxels where the change puts them; ``background`` is what comes from outside."""
@@ -145,10 +177,13 @@ class Change:
     def recoloured(
         self, image: torch.Tensor, background: float, value_range: tuple[float, float] | None
     ) -> torch.Tensor:
-        """An image with its intensities changed.
+        """An image (C, *S) with its intensities changed, and channels replaced.
 
         Raises LdmError for gamma without a range.
         """
+        if self.copies:
+            sources = dict(self.copies)
+            image = image[[sources.get(channel, channel) for channel in range(len(image))]]
         if self.power is not None:
             if value_range is None:
                 raise LdmError("data.augment.gamma: z-scored images have no range to take a power in; set it to 0.")

@@ -138,13 +138,18 @@ class CohortDataModule(OrderedDataModule):
         self.progress = progress
         self.multiple = per_axis(multiple, self.config["spatial_dims"])
         self.patch_size = None if patch_size is None else tuple(int(size) for size in patch_size)
-        self.augmentation = Augmentation.from_config(self.config["augment"])
+        Augmentation.from_config(self.config["augment"])  # fail early
         self._recipe = Preprocessing.from_config(self.config, self.multiple)
         self._cohort: Cohort | None = None
         self._preprocessing: Preprocessing | None = None
         self._cache: VolumeCache | None = None
 
     # state, known after prepare_data or setup ---------------------------------------------------------
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What training images go through."""
+        return Augmentation.from_config(self.config["augment"], self.preprocessing.channels)
 
     @property
     def cohort(self) -> Cohort:
@@ -183,7 +188,8 @@ class CohortDataModule(OrderedDataModule):
     def prepare_data(self) -> None:
         """Make the simulated cohort if it is the one asked for, check the cohort, and build the image cache.
 
-        Raises LdmError with the check's report when ``data.faults`` does not let it pass.
+        Raises LdmError with the check's report when ``data.faults`` does not let it pass, and for ``data.augment`` that
+        names an image that is not there.
         """
         if self.config["simulate"]:
             # Imported here: the simulation needs a template that nobody else does. A cohort that is complete
@@ -192,6 +198,7 @@ class CohortDataModule(OrderedDataModule):
 
             generate(Path(self.config["root"]).expanduser(), progress=self.progress, **self.config["simulate"])
         self._read_cohort(self.progress)
+        _ = self.augmentation  # names its channels, before hours of preparing
         if self.config["cache"]:
             build_cache(*self._cache_arguments(), num_workers=max(1, self.num_workers), progress=self.progress)
 

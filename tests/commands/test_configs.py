@@ -134,6 +134,13 @@ def test_impossible_diffusion_is_refused_before_anything_is_read(ldm, overrides,
     assert message in text
 
 
+@pytest.mark.parametrize("verb", ["train-vae", "train-ldm", "train-gan"])
+def test_nobody_learns_to_generate_sequences_that_are_missing(ldm, verb):
+    code, text = ldm(verb, "data.augment.missing={T1: FLAIR}", "data.augment.missing_share=0.1")
+    assert code
+    assert "data.augment.missing replaces images by others" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",

@@ -134,3 +134,39 @@ def test_a_seed_stands_for_the_change_that_it_always_stood_for() -> None:
     changed, moved, s = augment(image, labels, 3, (1, 1, 2))
     stored = 0.8437624864637189, 93.2221908569336, 115
     assert (s, float(changed.sum()), int(moved.sum())) == pytest.approx(stored, rel=1e-5)
+
+
+def test_a_sequence_is_missing_as_often_as_asked_and_what_else_changes_is_the_same() -> None:
+    channels, settings = ("T1", "FLAIR", "T1ce"), {"scale": 0.1, "brightness": 0.1}
+    augment = Augmentation.from_config(
+        settings | {"missing": {"T1": "FLAIR", "T1ce": "FLAIR"}, "missing_share": 0.3}, channels
+    )
+    image = torch.rand(3, 12, 12)
+    counts = torch.zeros(3)
+    for seed in range(400):
+        plain, _, _ = Augmentation(**settings)(image, None, seed)
+        changed, _, _ = augment(image, None, seed)
+        assert torch.equal(changed[1], plain[1])
+        for channel in (0, 2):
+            replaced = torch.equal(changed[channel], plain[1])
+            counts[channel] += replaced
+            assert replaced or torch.equal(changed[channel], plain[channel])
+    counts /= 400
+    assert 0.22 < counts[0] < 0.38
+    assert 0.22 < counts[2] < 0.38
+    assert counts[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"missing": {"T1": "FLAIR"}}, "missing and missing_share go together"),
+        ({"missing_share": 0.1}, "missing and missing_share go together"),
+        ({"missing": {"T1": "FLAIR"}, "missing_share": 1.5}, "1.5 is not a share"),
+        ({"missing": {"T1": "FLIAR"}, "missing_share": 0.1}, r"no image 'FLIAR'. Did you mean 'FLAIR'"),
+        ({"missing": {"T2": "FLAIR"}, "missing_share": 0.1}, r"no image 'T2'.* Legal: T1, FLAIR"),
+    ],
+)
+def test_missing_sequences_that_cannot_be_are_named(settings, message) -> None:
+    with pytest.raises(LdmError, match=message):
+        Augmentation.from_config(settings, ("T1", "FLAIR"))
