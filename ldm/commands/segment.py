@@ -134,7 +134,7 @@ def find_source(config: DictConfig) -> EnsembleSource:
     kinds = {header.get("kind") for header in headers}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kinds == {NETWORK}:
-        for name in ("steps", "sampler", "eta"):
+        for name in ("steps", "sampler", "eta", "timestep_spacing"):
             if config[name] is not None:
                 raise LdmError(f"{name} is for diffusion models; {paths[0]} is a network of ldm train-segmenter.")
         sha256 = [header["tensors_sha256"] for header in headers]
