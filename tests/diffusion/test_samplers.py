@@ -234,6 +234,31 @@ def test_more_steps_approach_two_modes(chain, schedule):
     assert fine < coarse / 2
 
 
+SHARE = 0.1
+
+
+def rare_mask_denoise(x, step):
+    """E[x0 | x_t] of a mask that is 1 all over with probability SHARE, else -1 all over; x (B, P, pixels): P masks."""
+    log_odds = math.log(SHARE / (1 - SHARE)) + (2 * step.alpha / step.sigma**2 * x).sum(2, keepdim=True)
+    x0 = torch.tanh(log_odds / 2).expand_as(x)
+    return Prediction(x0, (x - step.alpha * x0) / step.sigma)
+
+
+@pytest.mark.parametrize("pixels", [20, 200])
+@pytest.mark.parametrize("shift", [8.0, 32.0])
+def test_few_moves_draw_a_rare_mask_about_as_often_as_it_is(shift, pixels):
+    """A chain decides between masks in a narrow range of noise; one that leaps over it falls to the likelier mask."""
+
+    def share(spacing, count):
+        streams = generators(24, range(1))
+        x = draw(streams, (4000, pixels))
+        x = SAMPLERS["dpmpp_2m_sde"](rare_mask_denoise, x, FlowSchedule(shift=shift).grid(count, spacing), streams)
+        return (x.mean(2) > 0).double().mean().item()
+
+    assert share("trailing", 20) == pytest.approx(SHARE, abs=0.02)  # 0.005 is its standard error
+    assert share("karras", 10) < 0.065 < share("trailing", 15)
+
+
 @pytest.mark.parametrize("path", ["variance preserving", "flow", "edm"])
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_order_of_convergence_in_log_snr(name, order, path):
