@@ -144,6 +144,15 @@ def test_a_network_runs_where_a_diffusion_model_would(peer, monkeypatch):
     assert asked == ["cuda"]
 
 
+def test_what_a_network_cannot_be_asked_for(peer):
+    for asked, message in (
+        ("timestep_spacing=trailing", "timestep_spacing is for diffusion models"),
+        ("augment={missing: {T9: T1}, missing_share: 0.5}", "augment.missing: there is no image 'T9'"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            find_source(composed(f"model={peer}", "members=2", asked))
+
+
 def test_records_of_a_cohort_need_no_grid_and_no_arrays(tiny, tmp_path):
     """The configuration's networks would have to halve 20 three times; the model's need not be these."""
     config = composed(*tiny, "data.shape=[20,28,20]", f"runs_dir={tmp_path}")
