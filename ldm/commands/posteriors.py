@@ -155,7 +155,7 @@ def posterior_cache(
         "records": datamodule.cohort.content_hash(),
         "split": split,
         "schema": datamodule.schema.to_dict(),
-        "augment": data["augment"] if augmented else None,
+        "augment": augment_key(data["augment"]) if augmented else None,
         "labels": None if label_classes is None else {"shares": label_classes.meaning},
         **({"images": list(given)} if given else {}),
         **({"target": target.classes.meaning} if target.classes else {}),
@@ -169,6 +169,11 @@ def posterior_cache(
         if not folder.is_dir():
             encode(encoder, folder, key, datamodule, first_stage, config.ldm.latents.dtype)
     return PosteriorCache(folder, key)
+
+
+def augment_key(augment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``data.augment`` names a cache: settings that came later where they are on, so that older caches stay."""
+    return {name: value for name, value in augment.items() if value or not name.startswith("missing")}
 
 
 def encode(encoder: CohortEncoder, folder: Path, key, datamodule, first_stage: FirstStage, dtype: str) -> None:

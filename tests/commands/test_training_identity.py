@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from ldm.commands.posteriors import same_cohort
+from ldm.commands.posteriors import augment_key, same_cohort
 from ldm.data.labels import LabelClasses
 from ldm.errors import LdmError
 from ldm.model.file import read_header
@@ -148,3 +148,10 @@ def test_a_setting_that_an_earlier_version_did_not_have_may_be_off(tmp_path):
     for other in ({**network, "dropout": 0.1}, {"channels": [16, 64], "dropout": 0.0}, {"dropout": 0.0}):
         with pytest.raises(LdmError, match="holds a run with another configuration"):
             read_checkpoint(tmp_path / "last.ckpt", {"network": {"denoiser": other}})
+
+
+def test_a_cache_from_before_sequences_could_be_missing_is_still_the_one():
+    before = {"flip_axes": [1], "scale": 0.1, "shift": 0}
+    assert augment_key(before | {"missing": None, "missing_share": 0}) == before
+    on = {"missing": {"T1": "FLAIR"}, "missing_share": 0.3}
+    assert augment_key(before | on) == before | on
