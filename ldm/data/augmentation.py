@@ -72,6 +72,8 @@ class Augmentation:
                 raise LdmError(f"{where}: unknown key '{key}'.{nearest(key, legal)} Legal: {', '.join(legal)}.")
         given = {key: value for key, value in (config or {}).items() if value is not None}
         missing = given.pop("missing", {})
+        if not isinstance(missing, Mapping):
+            raise LdmError(f"{where}.missing: {missing!r} is not a mapping of images such as {{T1: FLAIR}}.")
         if bool(missing) != bool(given.get("missing_share", 0)):
             raise LdmError(f"{where}: missing and missing_share go together, e.g. {{T1: FLAIR}} and 0.1.")
         if channels is None:

@@ -162,6 +162,7 @@ def test_a_sequence_is_missing_as_often_as_asked_and_what_else_changes_is_the_sa
     [
         ({"missing": {"T1": "FLAIR"}}, "missing and missing_share go together"),
         ({"missing_share": 0.1}, "missing and missing_share go together"),
+        ({"missing": ["T1"], "missing_share": 0.1}, "not a mapping"),
         ({"missing": {"T1": "FLAIR"}, "missing_share": 1.5}, "1.5 is not a share"),
         ({"missing": {"T1": "FLIAR"}, "missing_share": 0.1}, r"no image 'FLIAR'. Did you mean 'FLAIR'"),
         ({"missing": {"T2": "FLAIR"}, "missing_share": 0.1}, r"no image 'T2'.* Legal: T1, FLAIR"),
